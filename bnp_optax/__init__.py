@@ -1,0 +1,39 @@
+"""Batch normalization preconditioning and z-space regularization for Optax."""
+
+from bnp_optax.alias import bnp_adam, bnp_adamw, bnp_sgd
+from bnp_optax.capture import Layer, Summary, find_layers, summarize, value_and_grad
+from bnp_optax.preconditioners import BNPState, Preconditioner, bnp
+from bnp_optax.statistics import LayerStats
+from bnp_optax.training import TrainState
+from bnp_optax.transforms import (
+    InZspaceState,
+    bnp_precondition,
+    in_zspace,
+    precondition,
+    pspace_weight_decay,
+    zspace_weight_decay,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BNPState",
+    "InZspaceState",
+    "Layer",
+    "LayerStats",
+    "Preconditioner",
+    "Summary",
+    "TrainState",
+    "bnp",
+    "bnp_adam",
+    "bnp_adamw",
+    "bnp_precondition",
+    "bnp_sgd",
+    "find_layers",
+    "in_zspace",
+    "precondition",
+    "pspace_weight_decay",
+    "summarize",
+    "value_and_grad",
+    "zspace_weight_decay",
+]

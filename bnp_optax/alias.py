@@ -1,0 +1,147 @@
+"""Ready-made optimizers in z-space."""
+
+from collections.abc import Callable
+from typing import Any, Unpack
+
+import optax
+
+from bnp_optax._checks import check_non_negative
+from bnp_optax.preconditioners import BNPOptions, bnp
+from bnp_optax.transforms import bnp_precondition, in_zspace
+
+
+def bnp_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    **bnp_options: Unpack[BNPOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """SGD in z-space: p <- p - learning_rate P P^T g, with P that of `bnp`.
+
+    The plain choice at small batches and for online learning. Momentum, if any, is taken in z.
+
+    Args:
+      learning_rate: Step size > 0, or a schedule of it.
+      momentum: Decay of the trace in [0, 1), or None for none.
+      nesterov: Whether to use Nesterov momentum.
+      **bnp_options: Options of `bnp`.
+
+    Returns:
+      A transformation whose `update` takes `layer_stats` from `value_and_grad`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax.linen as nn
+      >>> import optax
+      >>> import bnp_optax
+      >>> model, x = nn.Dense(2), jax.random.normal(jax.random.key(1), (8, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda p: jnp.mean(model.apply({"params": p}, x) ** 2)
+      >>> tx = bnp_optax.bnp_sgd(0.1)
+      >>> state = tx.init(params)
+      >>> _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params)
+      >>> updates, state = tx.update(grads, state, params, layer_stats=stats)
+      >>> bool(loss_fn(optax.apply_updates(params, updates)) < loss_fn(params))
+      True
+
+    Source: Lange, Helfrich, Ye, JMLR 2022, Algorithms 2 and 3.
+    """
+    if momentum is None:
+        # Without memory the two ways are one, and M in one pass is the cheaper.
+        sgd = optax.chain(bnp_precondition(**bnp_options), optax.sgd(learning_rate))
+        return optax.with_extra_args_support(sgd)
+    return in_zspace(optax.sgd(learning_rate, momentum, nesterov), bnp(**bnp_options))
+
+
+def bnp_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    **bnp_options: Unpack[BNPOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """Adam in z-space, `in_zspace(optax.adam(learning_rate, b1, b2, eps), bnp(**bnp_options))`.
+
+    The first thing to try, at any batch size: Adam's usual learning rates work.
+
+    Args:
+      learning_rate: Step size > 0, or a schedule of it.
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment, in [0, 1).
+      eps: Added to the root of the second moment, >= 0.
+      **bnp_options: Options of `bnp`.
+
+    Returns:
+      A transformation whose `update` takes `layer_stats` from `value_and_grad`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax.linen as nn
+      >>> import optax
+      >>> import bnp_optax
+      >>> model, x = nn.Dense(2), jax.random.normal(jax.random.key(1), (8, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda p: jnp.mean(model.apply({"params": p}, x) ** 2)
+      >>> tx = bnp_optax.bnp_adam(1e-3)
+      >>> state = tx.init(params)
+      >>> _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params)
+      >>> updates, state = tx.update(grads, state, params, layer_stats=stats)
+      >>> bool(loss_fn(optax.apply_updates(params, updates)) < loss_fn(params))
+      True
+
+    Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
+    Regularization", (4).
+    """
+    return in_zspace(optax.adam(learning_rate, b1, b2, eps), bnp(**bnp_options))
+
+
+def bnp_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    **bnp_options: Unpack[BNPOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW in z-space: weight decay shrinks z, and so p, by learning_rate * weight_decay.
+
+    A `mask` that spares biases is honest in z: a bias in z is the unit's mean response, which
+    decay of the kernel in p would shift.
+
+    Args:
+      learning_rate: Step size > 0, or a schedule of it.
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment, in [0, 1).
+      eps: Added to the root of the second moment, >= 0.
+      weight_decay: Strength of the decay, >= 0.
+      mask: Where to decay, as in `optax.adamw`.
+      **bnp_options: Options of `bnp`.
+
+    Returns:
+      A transformation whose `update` takes `layer_stats` from `value_and_grad`.
+
+    Raises:
+      ValueError: If `weight_decay` is negative.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax.linen as nn
+      >>> import optax
+      >>> import bnp_optax
+      >>> model, x = nn.Dense(2), jax.random.normal(jax.random.key(1), (8, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda p: jnp.mean(model.apply({"params": p}, x) ** 2)
+      >>> tx = bnp_optax.bnp_adamw(1e-3, weight_decay=0.01)
+      >>> state = tx.init(params)
+      >>> _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params)
+      >>> updates, state = tx.update(grads, state, params, layer_stats=stats)
+      >>> bool(loss_fn(optax.apply_updates(params, updates)) < loss_fn(params))
+      True
+
+    Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
+    Regularization", (9).
+    """
+    check_non_negative("weight_decay", weight_decay)
+    inner = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
+    return in_zspace(inner, bnp(**bnp_options))

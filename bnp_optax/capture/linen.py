@@ -1,0 +1,264 @@
+"""The Linen engine: statistics ride the gradient out of interceptors.
+
+Beside each kernel, the loss finds a *probe*, a leaf of zeros. When the layer runs, an interceptor
+passes its output through an identity whose custom derivative for the probe is the statistics of
+the layer's inputs. Whatever Flax does with parameters (stacking them for `nn.scan`, broadcasting,
+sharing, rematerializing) it does with probes, and whatever JAX does with gradients, too.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import DictKey, KeyPath
+
+from bnp_optax._tree import BIAS, KERNEL, is_named, named_leaves, path_name, sibling
+from bnp_optax.capture.layer import Layer
+from bnp_optax.capture.linen_layers import NotCovered, Reading, read
+from bnp_optax.capture.usage import is_used
+from bnp_optax.statistics import LayerStats
+
+PROBE = "bnp_optax_probe"
+
+# What a call adds to its probe. Sums over calls, so that shared layers add up.
+Probe = dict[str, jax.Array]
+Visit = Callable[[Any, Reading | NotCovered, str, Any], Any]
+
+_tokens = itertools.count()
+
+
+@jax.custom_vjp
+def _tap(outputs: jax.Array, sums: Probe, probe: Probe) -> jax.Array:
+    """`outputs`; as a function of `probe`, one with derivative `sums`."""
+    del sums, probe
+    return outputs
+
+
+def _tap_fwd(outputs: jax.Array, sums: Probe, probe: Probe) -> tuple[jax.Array, Probe]:
+    del probe
+    return outputs, sums
+
+
+def _tap_bwd(sums: Probe, cotangent: jax.Array) -> tuple[jax.Array, None, Probe]:
+    return cotangent, None, sums
+
+
+_tap.defvjp(_tap_fwd, _tap_bwd)
+
+
+def _beside_kernels(node: Any, extra: Mapping[str, Any], path: KeyPath = ()) -> Any:
+    """`node` with `extra[name]` under the key `PROBE` beside each kernel of that name."""
+    new = jax.tree.map_with_path(
+        lambda p, child: child if child is node else _beside_kernels(child, extra, path + p),
+        node,
+        is_leaf=lambda child: child is not node,
+    )
+    if isinstance(node, Mapping) and KERNEL in node:
+        name = path_name((*path, DictKey(KERNEL)))
+        if name in extra:
+            new = type(new)({**new, PROBE: extra[name]})
+    return new
+
+
+def _interceptor(visit: Visit) -> Callable[..., Any]:
+    """Call `visit(probe, reading, layer class, outputs)` when a module that holds one runs."""
+    reparametrized: list[str] = []
+
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        wraps = isinstance(module, nn.WeightNorm | nn.SpectralNorm)
+        if wraps:
+            reparametrized.append(type(module).__name__)
+        try:
+            outputs = next_fun(*args, **kwargs)
+        finally:
+            if wraps:
+                reparametrized.pop()
+        if not module.has_variable("params", PROBE):
+            return outputs
+        reading: Reading | NotCovered
+        try:
+            if reparametrized:
+                msg = f"its kernel is reparametrized by `{reparametrized[-1]}`"
+                raise NotCovered(msg)
+            reading = read(module, context.orig_method, args, kwargs, outputs)
+        except NotCovered as reason:
+            reading = reason
+        probe = module.get_variable("params", PROBE)
+        return visit(probe, reading, type(module).__name__, outputs)
+
+    return intercept
+
+
+def _stacked_axes(kernel: tuple[int, ...], local: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The axes, leading ones preferred, that `kernel` has and the slice that a layer sees lacks."""
+    for axes in itertools.combinations(range(len(kernel)), len(kernel) - len(local)):
+        if tuple(size for axis, size in enumerate(kernel) if axis not in axes) == local:
+            return axes
+    return None
+
+
+def _stacked_shape(layer: Layer, local: tuple[int, ...]) -> tuple[int, ...]:
+    """`local`, a shape in one slice of the layer, with the stacked axes put in."""
+    rest = iter(local)
+    return tuple(
+        size if axis in layer.stacked_axes else next(rest)
+        for axis, size in enumerate(layer.kernel_shape)
+    )
+
+
+def discover(
+    loss_fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Layer], dict[str, str], list[str]]:
+    """Trace the loss abstractly; what ran over each kernel.
+
+    Returns:
+      The layers by kernel name; why the other kernels are not covered; and those kernels on
+      which the loss does not depend.
+    """
+    kernels = {n: leaf for n, leaf in named_leaves(params).items() if is_named(n, KERNEL)}
+    # The token makes the traced tree new each time: a loss that is itself under `jax.jit` is
+    # traced again and so seen by the interceptor. The marker is sliced as the kernel is.
+    token = next(_tokens)
+    markers = {
+        name: {f"{token}:{name}": jax.ShapeDtypeStruct(leaf.shape, jnp.float32)}
+        for name, leaf in kernels.items()
+    }
+    layers: dict[str, Layer] = {}
+    reasons: dict[str, str] = {}
+
+    def record(probe: Any, reading: Reading | NotCovered, kind: str, outputs: Any) -> Any:
+        ((key, marker),) = probe.items()
+        name = key.partition(":")[2]
+        shape = tuple(kernels[name].shape)
+        stacked = _stacked_axes(shape, marker.shape)
+        if isinstance(reading, NotCovered):
+            reasons.setdefault(name, str(reading))
+        elif stacked is None:
+            reasons.setdefault(name, f"`{kind}` sees it in the shape {marker.shape}")
+        else:
+            bias = sibling(name, BIAS)
+            layer = Layer(
+                kernel=name,
+                bias=bias if bias in leaf_names else None,
+                kind=kind,
+                kernel_shape=shape,
+                stats_shape=jax.eval_shape(reading.moments)[0].shape,
+                stacked_axes=stacked,
+                input_axes=reading.input_axes,
+                positions=reading.positions,
+                count=max(reading.count, layers[name].count if name in layers else 0),
+            )
+            layers[name] = dataclasses.replace(
+                layer, stats_shape=_stacked_shape(layer, layer.stats_shape)
+            )
+        return outputs
+
+    leaf_names = named_leaves(params)
+    marked = _beside_kernels(params, markers)
+    dynamic, rebuild = _split_arrays((args, kwargs))
+
+    def traced(params: Any, dynamic: list[Any]) -> Any:
+        args, kwargs = rebuild(dynamic)
+        with nn.intercept_methods(_interceptor(record)):
+            return loss_fn(params, *args, **kwargs)
+
+    jaxpr = jax.make_jaxpr(traced)(marked, dynamic).jaxpr
+    used = dict(zip(named_leaves(marked), is_used(jaxpr), strict=False))
+    unused = [name for name in kernels if name not in layers and not used[name]]
+    for name in kernels:
+        if name in unused:
+            reasons[name] = "the loss does not depend on it"
+        elif name not in layers:
+            reasons.setdefault(name, "no known layer class uses it")
+    return layers, {n: reason for n, reason in reasons.items() if n not in layers}, unused
+
+
+def _split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The JAX arrays of `tree`, and a function that puts others in their place."""
+    leaves, treedef = jax.tree.flatten(tree)
+    is_array = [isinstance(x, jax.Array | jax.ShapeDtypeStruct) for x in leaves]
+
+    def rebuild(arrays: list[Any]) -> Any:
+        rest: Iterator[Any] = iter(arrays)
+        return treedef.unflatten(
+            [next(rest) if array else x for x, array in zip(leaves, is_array, strict=True)]
+        )
+
+    return [x for x, array in zip(leaves, is_array, strict=True) if array], rebuild
+
+
+def _sums(reading: Reading) -> Probe:
+    mean, var = reading.moments()
+    count = jnp.full((1,) * mean.ndim, float(reading.count), jnp.float32)
+    sums = {
+        "mean": count * mean,
+        "var": count * var,
+        "sq_mean": count * mean**2,
+        "count": count,
+        "calls": jnp.ones_like(count),
+    }
+    return jax.tree.map(lax.stop_gradient, sums)
+
+
+def _zero_probe(layer: Layer) -> Probe:
+    n_local = len(layer.kernel_shape) - len(layer.stacked_axes)
+    scalar = _stacked_shape(layer, (1,) * n_local)
+    shapes = {name: layer.stats_shape for name in ("mean", "var", "sq_mean")}
+    shapes |= {name: scalar for name in ("count", "calls")}
+    return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+def _finalize(layer: Layer, sums: Probe) -> LayerStats:
+    """From sums over calls to statistics."""
+    count = jnp.maximum(sums["count"], 1.0)
+    # The barrier keeps the compiler from computing the mean twice with different roundings:
+    # for one call, `sq_mean` is the square of this `mean` to the last bit.
+    mean = lax.optimization_barrier(sums["mean"] / count)
+    return LayerStats(
+        mean=mean,
+        var=sums["var"] / count,
+        sq_mean=jnp.where(sums["calls"] <= 1.0, mean**2, sums["sq_mean"] / count),
+        count=jnp.max(sums["count"]),
+        kernel=layer.kernel,
+        bias=layer.bias,
+        input_axes=layer.input_axes,
+        positions=layer.positions,
+    )
+
+
+def _tap_outputs(probe: Any, reading: Reading | NotCovered, kind: str, outputs: Any) -> Any:
+    if isinstance(reading, NotCovered):
+        return outputs
+    leaves, treedef = jax.tree.flatten(outputs)
+    leaves[0] = _tap(leaves[0], _sums(reading), dict(probe))
+    return treedef.unflatten(leaves)
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    layers: Mapping[str, Layer],
+    params: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    has_aux: bool,
+) -> tuple[Any, Any, dict[str, LayerStats]]:
+    """Value, gradient and the statistics of `layers`."""
+
+    def probed(params: Any, probes: dict[str, Probe]) -> Any:
+        # Inside the function under `jax.jit`, whose cache does not know of interceptors.
+        with nn.intercept_methods(_interceptor(_tap_outputs)):
+            return loss_fn(_beside_kernels(params, probes), *args, **kwargs)
+
+    probes = {name: _zero_probe(layer) for name, layer in layers.items()}
+    value, (grads, sums) = jax.value_and_grad(probed, argnums=(0, 1), has_aux=has_aux)(
+        params, probes
+    )
+    return value, grads, {name: _finalize(layers[name], sums[name]) for name in layers}

@@ -1,0 +1,100 @@
+"""Statistics that came with a step, checked against the kernels that they are for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bnp_optax._tree import KERNEL, has_masked_nodes, is_named, named_leaves, quoted
+from bnp_optax.capture.layer import Layer
+from bnp_optax.preconditioners.layout import Slot, aligned_bias_shape, slots
+from bnp_optax.statistics import LayerStats
+
+LEFT_OUT = object()
+
+_HOW_TO_PASS = (
+    "Take the statistics from `loss, grads, stats = bnp_optax.value_and_grad(loss_fn)(params, "
+    "...)` and pass them on: `tx.update(grads, state, params, layer_stats=stats)`; "
+    "`layer_stats=None` reuses the running ones."
+)
+
+
+def match_statistics(
+    grads: Any, layers: Mapping[str, Layer] | None, layer_stats: Any
+) -> list[tuple[Slot, LayerStats]]:
+    """The kernels of `grads` with their statistics; none if there is nothing to update.
+
+    Raises:
+      ValueError: If statistics were left out, or do not fit the kernels.
+    """
+    if layer_stats is None:
+        return []
+    expected = slots(grads, layers)
+    if layer_stats is LEFT_OUT:
+        if expected:
+            names = quoted(slot.kernel for slot in expected)
+            msg = f"`layer_stats` was left out, but there are layers to precondition: {names}. "
+            raise ValueError(msg + _HOW_TO_PASS)
+        return []
+    if not isinstance(layer_stats, Mapping):
+        msg = f"`layer_stats` must be a dict of `LayerStats`, got {type(layer_stats).__name__}. "
+        raise ValueError(msg + _HOW_TO_PASS)
+    leaves = named_leaves(grads)
+    _check_strangers(grads, leaves, layers, layer_stats)
+    matched = []
+    for slot in expected:
+        stats = layer_stats.get(slot.kernel)
+        if not isinstance(stats, LayerStats):
+            came = f"{type(stats).__name__} for it" if stats is not None else "none for it, but"
+            msg = (
+                f"`{slot.kernel}` is to be preconditioned and needs `LayerStats`; `layer_stats` "
+                f"has {came} {quoted(layer_stats)}. `print(bnp_optax.summarize(loss_fn, params, "
+                "...))` says why a layer is not captured; to leave it as it is, pass "
+                "`layers=bnp_optax.find_layers(loss_fn, params, ...)` to the preconditioner."
+            )
+            raise ValueError(msg)
+        matched.append((_fit(slot, stats, leaves), stats))
+    return matched
+
+
+def _check_strangers(
+    grads: Any,
+    leaves: Mapping[str, Any],
+    layers: Mapping[str, Layer] | None,
+    layer_stats: Mapping[str, Any],
+) -> None:
+    """Statistics of a kernel that is not there, or that nothing says to be one."""
+    absent = [name for name in layer_stats if name not in leaves]
+    if absent and not has_masked_nodes(grads):
+        msg = (
+            f"`layer_stats` has {quoted(absent)}, which the updates have not; their leaves are "
+            f"{quoted(leaves)}. Capture and optimize the same tree, and precondition before "
+            "anything, such as `optax.flatten`, changes its structure."
+        )
+        raise ValueError(msg)
+    unnamed = [name for name in layer_stats if name in leaves and not is_named(name, KERNEL)]
+    if unnamed and layers is None:
+        msg = (
+            f"`layer_stats` has {quoted(unnamed)}, which is not named `{KERNEL}`: pass "
+            "`layers=bnp_optax.find_layers(loss_fn, params, ...)` to the preconditioner."
+        )
+        raise ValueError(msg)
+
+
+def _fit(slot: Slot, stats: LayerStats, leaves: Mapping[str, Any]) -> Slot:
+    """The slot as the statistics say it is."""
+    kernel = tuple(leaves[slot.kernel].shape)
+    shape = tuple(stats.mean.shape)
+    fits = len(shape) == len(kernel) and all(
+        size in (1, full) for size, full in zip(shape, kernel, strict=True)
+    )
+    if not fits or stats.var.shape != shape or stats.sq_mean.shape != shape:
+        msg = (
+            f"The statistics of `{slot.kernel}` have shapes mean {shape}, var "
+            f"{tuple(stats.var.shape)}, sq_mean {tuple(stats.sq_mean.shape)}; expected one shape "
+            f"with {len(kernel)} axes that broadcasts against the kernel's {kernel}. Capture them "
+            "with the parameters that are optimized."
+        )
+        raise ValueError(msg)
+    # Without its bias, which a mask may hide, a layer cannot be centered.
+    bias = stats.bias if stats.bias in leaves else None
+    aligned = aligned_bias_shape(kernel, stats.input_axes) if bias else None
+    return Slot(slot.kernel, bias, shape, aligned)

@@ -1,0 +1,81 @@
+"""Multiply gradients by M = P P^T."""
+
+from typing import Any, Unpack
+
+import optax
+
+from bnp_optax.preconditioners import BNPOptions, Preconditioner, bnp
+
+
+def precondition(preconditioner: Preconditioner) -> optax.GradientTransformationExtraArgs:
+    """Gradient descent in z, written in p: replace the gradient g by P P^T g.
+
+    Put optimizers that are linear in the gradient after it (SGD, momentum, weight decay, schedules).
+    An adaptive one, which divides by what it sees, undoes the preconditioning or diverges there: run
+    it inside `in_zspace` instead.
+
+    Args:
+      preconditioner: Such as `bnp()`.
+
+    Returns:
+      A transformation whose state is the preconditioner's. `update` passes extra arguments, such
+      as `layer_stats`, on to the preconditioner.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax.linen as nn
+      >>> import optax
+      >>> import bnp_optax
+      >>> model, x = nn.Dense(2), jax.random.normal(jax.random.key(1), (8, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda p: jnp.mean(model.apply({"params": p}, x) ** 2)
+      >>> tx = optax.chain(bnp_optax.precondition(bnp_optax.bnp()), optax.sgd(0.1))
+      >>> state = tx.init(params)
+      >>> _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params)
+      >>> updates, state = tx.update(grads, state, params, layer_stats=stats)
+      >>> bool(loss_fn(optax.apply_updates(params, updates)) < loss_fn(params))
+      True
+
+    Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
+    Regularization", (5).
+    """
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        state = preconditioner.update(updates, state, params, **extra_args)
+        if preconditioner.gram is not None:
+            return preconditioner.gram(state, updates), state
+        return preconditioner.apply(state, preconditioner.apply_transpose(state, updates)), state
+
+    return optax.GradientTransformationExtraArgs(preconditioner.init, update_fn)
+
+
+def bnp_precondition(**options: Unpack[BNPOptions]) -> optax.GradientTransformationExtraArgs:
+    """Batch normalization preconditioning of the gradient, `precondition(bnp(**options))`.
+
+    Follow it with SGD or momentum. **Not with Adam** or another adaptive optimizer, which divides
+    the preconditioned gradient by its own size and can diverge: `in_zspace(optax.adam(1e-3), bnp())`
+    runs Adam between P^T and P, which is where it belongs, and is `bnp_adam(1e-3)`.
+
+    Args:
+      **options: Those of `bnp`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax.linen as nn
+      >>> import optax
+      >>> import bnp_optax
+      >>> model, x = nn.Dense(2), jax.random.normal(jax.random.key(1), (8, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda p: jnp.mean(model.apply({"params": p}, x) ** 2)
+      >>> tx = optax.chain(bnp_optax.bnp_precondition(decay=0.9), optax.sgd(0.1))
+      >>> state = tx.init(params)
+      >>> _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params)
+      >>> updates, state = tx.update(grads, state, params, layer_stats=stats)
+      >>> bool(loss_fn(optax.apply_updates(params, updates)) < loss_fn(params))
+      True
+
+    Source: Lange, Helfrich, Ye, JMLR 2022, Algorithms 2 and 3.
+    """
+    return precondition(bnp(**options))
