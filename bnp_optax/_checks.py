@@ -7,11 +7,9 @@ import math
 import numbers
 from typing import Any
 
-import jax
-
 
 def _is_concrete(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, jax.core.Tracer)
+    return isinstance(value, numbers.Real)
 
 
 def check_fraction(name: str, value: Any) -> None:

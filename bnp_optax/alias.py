@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Unpack
 
 import optax
+from jax.typing import ArrayLike
 
 from bnp_optax._checks import check_non_negative
 from bnp_optax.preconditioners import BNPOptions, bnp
@@ -12,7 +13,7 @@ from bnp_optax.transforms import bnp_precondition, in_zspace
 
 def bnp_sgd(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: float | None = None,
+    momentum: ArrayLike | None = None,
     nesterov: bool = False,
     **bnp_options: Unpack[BNPOptions],
 ) -> optax.GradientTransformationExtraArgs:
@@ -55,9 +56,9 @@ def bnp_sgd(
 
 def bnp_adam(
     learning_rate: optax.ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     **bnp_options: Unpack[BNPOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in z-space, `in_zspace(optax.adam(learning_rate, b1, b2, eps), bnp(**bnp_options))`.
@@ -97,10 +98,10 @@ def bnp_adam(
 
 def bnp_adamw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 1e-4,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     **bnp_options: Unpack[BNPOptions],
 ) -> optax.GradientTransformationExtraArgs:

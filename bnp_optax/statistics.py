@@ -65,7 +65,7 @@ class LayerStats:
 
     @property
     def total_variance(self) -> Float[Array, "..."]:
-        """Variance within the batches plus that between their means; exactly `var` for one batch."""
+        """Variance within batches plus that between their means; exactly `var` for one batch."""
         between = self.sq_mean - self.mean**2
         return self.var + jnp.where(between > _ROUNDING * self.sq_mean, between, 0.0)
 

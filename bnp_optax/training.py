@@ -1,6 +1,6 @@
 """Flax's `TrainState`, with statistics."""
 
-from typing import Any, Self
+from typing import Any
 
 import optax
 from flax.training import train_state
@@ -27,7 +27,9 @@ class TrainState(train_state.TrainState):
       1
     """
 
-    def apply_gradients(self, *, grads: Any, layer_stats: Any = _LEFT_OUT, **kwargs: Any) -> Self:
+    def apply_gradients(
+        self, *, grads: Any, layer_stats: Any = _LEFT_OUT, **kwargs: Any
+    ) -> "TrainState":
         """One step of `tx`.
 
         Args:
@@ -46,5 +48,5 @@ class TrainState(train_state.TrainState):
             return tx.update(updates, state, params, **extra)
 
         bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
-        stepped = train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs)
+        stepped: Any = train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs)
         return stepped.replace(tx=self.tx)

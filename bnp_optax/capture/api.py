@@ -55,7 +55,7 @@ class Summary:
 
     Attributes:
       layers: The covered layers by kernel name.
-      uncovered: Reason by leaf name, for every other leaf of two or more axes.
+      uncovered: Reason by leaf name, for every other leaf of two or more axes but biases.
       shapes: Shape by leaf name, of all of these.
     """
 
@@ -66,7 +66,7 @@ class Summary:
     def __str__(self) -> str:
         """A table with a row for each kernel."""
         header = ("kernel", "layer", "shape", "fan-in", "positions", "q²", "bias", "covered")
-        rows = [header]
+        rows: list[tuple[str, ...]] = [header]
         for name, shape in self.shapes.items():
             text = "x".join(map(str, shape))
             layer = self.layers.get(name)
@@ -96,8 +96,8 @@ class Summary:
 def summarize(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Summary:
     """What is preconditioned and what is not, and why: print the result.
 
-    Lists every floating-point leaf with two or more axes. q² is that of one call of the layer
-    on these arguments.
+    Lists every floating-point leaf with two or more axes that is not named `bias`. q² is that of
+    one call of the layer on these arguments.
 
     Args:
       loss_fn: As for `find_layers`.
@@ -114,7 +114,7 @@ def summarize(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: An
       >>> loss_fn = lambda p: jnp.mean(model.apply({"params": p}, x) ** 2)
       >>> print(bnp_optax.summarize(loss_fn, params))
       kernel              layer  shape  fan-in  positions  q²  bias  covered
-      ------------------  -----  -----  ------  ---------  --  ----  ------------------------------
+      ------------------  -----  -----  ------  ---------  --  ----  ---------------------------
       layers_0/embedding         10x4                                no: not a kernel of a layer
       layers_1/kernel     Dense  4x2    4       1          1   yes   yes
       1 of 2 kernels covered, 16.7% of their 48 entries.
@@ -123,12 +123,17 @@ def summarize(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: An
     shapes = {
         name: tuple(leaf.shape)
         for name, leaf in named_leaves(params).items()
-        if name in layers or (len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.inexact))
+        if name in layers or _may_be_kernel(name, leaf)
     }
     uncovered = {
         name: reasons.get(name, "not a kernel of a layer") for name in shapes if name not in layers
     }
     return Summary(layers, uncovered, shapes)
+
+
+def _may_be_kernel(name: str, leaf: Any) -> bool:
+    is_matrix = len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return is_matrix and not is_named(name, BIAS)
 
 
 def _idle_stats(name: str, params: dict[str, Any]) -> LayerStats:

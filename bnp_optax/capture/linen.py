@@ -45,7 +45,10 @@ def _tap_fwd(outputs: jax.Array, sums: Probe, probe: Probe) -> tuple[jax.Array, 
 
 
 def _tap_bwd(sums: Probe, cotangent: jax.Array) -> tuple[jax.Array, None, Probe]:
-    return cotangent, None, sums
+    # Under `vmap`, JAX sums a cotangent over the batch only if it depends on batched values. Each
+    # example's sums count, so they are tied to its cotangent; the compiler sees a factor of one.
+    one = jnp.logical_or(cotangent[(0,) * cotangent.ndim] == 0, True).astype(jnp.float32)
+    return cotangent, None, jax.tree.map(lambda x: one * x, sums)
 
 
 _tap.defvjp(_tap_fwd, _tap_bwd)
@@ -124,25 +127,27 @@ def discover(
       which the loss does not depend.
     """
     kernels = {n: leaf for n, leaf in named_leaves(params).items() if is_named(n, KERNEL)}
-    # The token makes the traced tree new each time: a loss that is itself under `jax.jit` is
-    # traced again and so seen by the interceptor. The marker is sliced as the kernel is.
-    token = next(_tokens)
+    # Tokens make the traced tree new each time: a loss that is itself under `jax.jit` is traced
+    # again and so seen by the interceptor. A marker is sliced as its kernel is.
+    tokens = {f"{next(_tokens)}": name for name in kernels}
     markers = {
-        name: {f"{token}:{name}": jax.ShapeDtypeStruct(leaf.shape, jnp.float32)}
-        for name, leaf in kernels.items()
+        name: {token: jax.ShapeDtypeStruct(kernels[name].shape, jnp.float32)}
+        for token, name in tokens.items()
     }
     layers: dict[str, Layer] = {}
     reasons: dict[str, str] = {}
 
     def record(probe: Any, reading: Reading | NotCovered, kind: str, outputs: Any) -> Any:
-        ((key, marker),) = probe.items()
-        name = key.partition(":")[2]
+        ((token, marker),) = probe.items()
+        name = tokens[token]
         shape = tuple(kernels[name].shape)
         stacked = _stacked_axes(shape, marker.shape)
         if isinstance(reading, NotCovered):
             reasons.setdefault(name, str(reading))
         elif stacked is None:
             reasons.setdefault(name, f"`{kind}` sees it in the shape {marker.shape}")
+        elif stacked != tuple(range(len(stacked))):
+            reasons.setdefault(name, f"it is stacked along axes {stacked}, not the leading ones")
         else:
             bias = sibling(name, BIAS)
             layer = Layer(
@@ -211,8 +216,8 @@ def _sums(reading: Reading) -> Probe:
 def _zero_probe(layer: Layer) -> Probe:
     n_local = len(layer.kernel_shape) - len(layer.stacked_axes)
     scalar = _stacked_shape(layer, (1,) * n_local)
-    shapes = {name: layer.stats_shape for name in ("mean", "var", "sq_mean")}
-    shapes |= {name: scalar for name in ("count", "calls")}
+    shapes = dict.fromkeys(("mean", "var", "sq_mean"), layer.stats_shape)
+    shapes |= dict.fromkeys(("count", "calls"), scalar)
     return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
 
 

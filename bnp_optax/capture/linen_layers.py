@@ -74,7 +74,9 @@ def _dense(module: nn.Module, outputs: Any, inputs: jax.Array) -> Reading:
 def _dense_general(module: nn.DenseGeneral, outputs: Any, inputs: jax.Array) -> Reading:
     def normalized(axes: Any) -> tuple[int, ...]:
         axes = (axes,) if isinstance(axes, int) else tuple(axes)
-        return tuple(axis % inputs.ndim for axis in axes)
+        return tuple(
+            sorted(axis % inputs.ndim for axis in axes)
+        )  # Flax's kernels have them sorted.
 
     axis, batch = normalized(module.axis), normalized(module.batch_dims)
     n_features = 1 if isinstance(module.features, int) else len(module.features)

@@ -1,17 +1,20 @@
 """Batch normalization preconditioning (Lange, Helfrich, Ye, JMLR 2022, Algorithms 2 and 3)."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array
 
 from bnp_optax._checks import check_choice, check_fraction, check_non_negative, check_positive
 from bnp_optax._tree import named_leaves, replace_leaves
 from bnp_optax.capture.layer import Layer
+from bnp_optax.preconditioners import centering
 from bnp_optax.preconditioners.base import Preconditioner
-from bnp_optax.preconditioners.layout import Slot, slots
+from bnp_optax.preconditioners.layout import initial_slots, kernels
 from bnp_optax.preconditioners.matching import LEFT_OUT, match_statistics
 from bnp_optax.statistics import LayerStats
 
@@ -35,28 +38,38 @@ class BNPState(NamedTuple):
     seen: Any
 
 
+class _Layer(NamedTuple):
+    """What is kept for one kernel, and for its bias."""
+
+    mean: Array
+    var: Array
+    scale: Array
+    bias_scale: Array
+    seen: Array
+
+
 class BNPOptions(TypedDict, total=False):
     """The options of `bnp`, which see."""
 
-    decay: float
-    eps_rel: float
-    eps_abs: float
+    decay: ArrayLike
+    eps_rel: ArrayLike
+    eps_abs: ArrayLike
     scale: bool
     warm_start: bool
     variance: Variance
-    batch_size: float | None
+    batch_size: ArrayLike | None
     layers: Mapping[str, Layer] | None
 
 
 def bnp(
     *,
-    decay: float = 0.99,
-    eps_rel: float = 1e-2,
-    eps_abs: float = 1e-4,
+    decay: ArrayLike = 0.99,
+    eps_rel: ArrayLike = 1e-2,
+    eps_abs: ArrayLike = 1e-4,
     scale: bool = True,
     warm_start: bool = False,
     variance: Variance = "auto",
-    batch_size: float | None = None,
+    batch_size: ArrayLike | None = None,
     layers: Mapping[str, Layer] | None = None,
 ) -> Preconditioner:
     r"""Precondition each layer by the running mean and variance of its inputs.
@@ -129,52 +142,48 @@ def bnp(
     check_positive("batch_size", batch_size)
 
     def init(params: Any) -> BNPState:
-        found = slots(params, layers)
-        kernels = {slot.kernel: slot.stats_shape for slot in found}
-        biases = {slot.bias: slot.bias_shape for slot in found if slot.bias}
+        slots = initial_slots(params, layers)
+        stats = {slot.kernel: slot.stats_shape for slot in slots}
+        biases = {slot.bias: slot.bias_shape for slot in slots if slot.bias}
 
-        def full(value: float, shapes: Mapping[Any, Any]) -> Any:
+        def full(value: float, shapes: Mapping[str, tuple[int, ...]]) -> Any:
             scalars = jax.tree.map(lambda _: jnp.full((), value, jnp.float32), params)
-            return replace_leaves(
-                scalars, {n: jnp.full(shape, value, jnp.float32) for n, shape in shapes.items()}
-            )
+            arrays = {n: jnp.full(shape, value, jnp.float32) for n, shape in shapes.items()}
+            return replace_leaves(scalars, arrays)
 
         return BNPState(
-            mean=full(0.0, kernels),
-            var=full(1.0, kernels),
-            scale=full(1.0, kernels | biases),
+            mean=full(0.0, stats),
+            var=full(1.0, stats),
+            scale=full(1.0, stats | biases),
             seen=full(0.0, {}),
         )
 
-    def refresh(
-        slot: Slot, stats: LayerStats, fan_in: int, old: tuple[Array, ...]
-    ) -> tuple[Array, ...]:
-        mean, var, kernel_scale, bias_scale, seen = old
-        if slot.bias:
-            drift = (stats.mean - mean) ** 2
-            about_running = {"auto": stats.count <= 1.0, "batch": False, "running": True}[variance]
-            batch_mean = stats.mean
-            batch_var = stats.total_variance + jnp.where(about_running, drift, 0.0)
-        else:
-            batch_mean = jnp.zeros_like(stats.mean)
-            batch_var = stats.total_variance + stats.mean**2
-        weight = jnp.where(warm_start & (seen == 0.0), 1.0, 1.0 - decay)
-        new_mean = (1.0 - weight) * mean + weight * batch_mean
-        new_var = (1.0 - weight) * var + weight * batch_var
-        floor = eps_rel * jnp.max(new_var, axis=stats.input_axes, keepdims=True) + eps_abs
+    def running(old: _Layer, stats: LayerStats, centered: bool) -> tuple[Array, Array]:
+        """Steps 1 and 2: the running statistics with those of the batch."""
+        mean, var = stats.mean, stats.total_variance
+        if not centered:
+            mean, var = jnp.zeros_like(mean), var + mean**2
+        elif variance != "batch":
+            about_running = stats.count <= 1.0 if variance == "auto" else True
+            var = var + jnp.where(about_running, (mean - old.mean) ** 2, 0.0)
+        rate = jnp.where(warm_start & (old.seen == 0.0), 1.0, 1.0 - decay)
+        return (1.0 - rate) * old.mean + rate * mean, (1.0 - rate) * old.var + rate * var
+
+    def refresh(old: _Layer, stats: LayerStats, fan_in: int, centered: bool) -> _Layer:
+        mean, var = running(old, stats, centered)
+        # Step 3.
+        floor = eps_rel * jnp.max(var, axis=stats.input_axes, keepdims=True) + eps_abs
         n = stats.batch_size if batch_size is None else batch_size
         q_squared = jnp.maximum(fan_in / n, stats.positions**0.5) if scale else jnp.ones(())
-        new = (
-            new_mean,
-            new_var,
-            jax.lax.rsqrt((new_var + floor) * q_squared),
-            jnp.broadcast_to(jax.lax.rsqrt(q_squared), bias_scale.shape),
-            seen + 1.0,
+        new = _Layer(
+            mean=mean,
+            var=var,
+            scale=jax.lax.rsqrt((var + floor) * q_squared),
+            bias_scale=jnp.broadcast_to(jax.lax.rsqrt(q_squared), old.bias_scale.shape),
+            seen=old.seen + 1.0,
         )
-        accept = (stats.count > 0.0) & jnp.isfinite(new_mean).all() & jnp.isfinite(new_var).all()
-        return tuple(
-            jnp.where(accept, n, o).astype(jnp.float32) for n, o in zip(new, old, strict=True)
-        )
+        accept = (stats.count > 0.0) & jnp.isfinite(mean).all() & jnp.isfinite(var).all()
+        return jax.tree.map(lambda n, o: jnp.where(accept, n, o).astype(jnp.float32), new, old)
 
     def update(
         grads: Any,
@@ -186,89 +195,54 @@ def bnp(
     ) -> BNPState:
         del params, extra
         matched = match_statistics(grads, layers, layer_stats)
-        if not matched:
-            return state
         leaves = named_leaves(grads)
-        old = BNPState(*map(named_leaves, state))
-        new = BNPState({}, {}, {}, {})
+        mean, var, scales, seen = map(named_leaves, state)
         for slot, stats in matched:
-            kernel = leaves[slot.kernel].shape
-            shape = jnp.broadcast_shapes(old.mean[slot.kernel].shape, slot.stats_shape)
-            fan_in = 1
-            for axis in stats.input_axes:
-                fan_in *= kernel[axis]
-            bias_scale = old.scale[slot.bias] if slot.bias else jnp.ones(())
-            mean, var, kernel_scale, bias_scale, seen = refresh(
-                slot,
-                stats,
-                fan_in,
-                (
-                    jnp.broadcast_to(old.mean[slot.kernel], shape),
-                    jnp.broadcast_to(old.var[slot.kernel], shape),
-                    jnp.broadcast_to(old.scale[slot.kernel], shape),
-                    jnp.reshape(bias_scale, slot.bias_shape) if slot.bias else bias_scale,
-                    old.seen[slot.kernel],
-                ),
+            name = slot.kernel
+            shape = jnp.broadcast_shapes(mean[name].shape, slot.stats_shape)
+            bias_scale = scales[slot.bias] if slot.bias else jnp.ones((), jnp.float32)
+            if slot.bias and bias_scale.shape != slot.bias_shape:
+                bias_scale = jnp.broadcast_to(bias_scale.ravel()[0], slot.bias_shape)
+            old = _Layer(
+                *(jnp.broadcast_to(x[name], shape) for x in (mean, var, scales)),
+                bias_scale=bias_scale,
+                seen=seen[name],
             )
-            new.mean[slot.kernel], new.var[slot.kernel] = mean, var
-            new.scale[slot.kernel], new.seen[slot.kernel] = kernel_scale, seen
+            fan_in = math.prod(leaves[name].shape[axis] for axis in stats.input_axes)
+            new = refresh(old, stats, fan_in, centered=slot.bias is not None)
+            mean[name], var[name], scales[name], seen[name] = new.mean, new.var, new.scale, new.seen
             if slot.bias:
-                new.scale[slot.bias] = bias_scale
-        return BNPState(*map(replace_leaves, state, new))
+                scales[slot.bias] = new.bias_scale
+        new_leaves = (mean, var, scales, seen)
+        return BNPState(*map(replace_leaves, state, new_leaves)) if matched else state
 
-    def by_layer(transform: Any) -> Any:
-        """Lift a function of one layer's arrays to parameter trees."""
+    def by_layer(transform: Callable[..., tuple[Array, Any]]) -> Callable[[BNPState, Any], Any]:
+        """Lift a function of one layer to parameter trees."""
 
         def lifted(state: BNPState, tree: Any) -> Any:
             leaves = named_leaves(tree)
-            mean, scale = named_leaves(state.mean), named_leaves(state.scale)
+            mean, scales = named_leaves(state.mean), named_leaves(state.scale)
             new = {}
-            for slot in slots(tree, layers):
-                kernel = leaves[slot.kernel]
-                bias = leaves[slot.bias] if slot.bias else None
-                mu, s = mean[slot.kernel], scale[slot.kernel]
-                s_b = scale[slot.bias] if slot.bias else None
-                dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-                w = kernel.astype(dtype)
-                b = None if bias is None else bias.astype(dtype).reshape(s_b.shape)
-                w, b = transform(w, b, mu, s, s_b)
-                new[slot.kernel] = w.astype(kernel.dtype)
-                if bias is not None:
-                    new[slot.bias] = b.reshape(bias.shape).astype(bias.dtype)
+            for name, bias in kernels(tree, layers).items():
+                dtype = jnp.promote_types(leaves[name].dtype, jnp.float32)
+                w, mu, s = leaves[name].astype(dtype), mean[name], scales[name]
+                # Before the first statistics, the state may not know of a bias yet.
+                if bias is None or scales[bias].ndim == 0:
+                    w, _ = transform(w, None, mu, s, s)
+                else:
+                    s_b, old = scales[bias], leaves[bias]
+                    w, b = transform(w, old.astype(dtype).reshape(s_b.shape), mu, s, s_b)
+                    new[bias] = b.reshape(old.shape).astype(old.dtype)
+                new[name] = w.astype(leaves[name].dtype)
             return replace_leaves(tree, new)
 
         return lifted
 
-    def apply(w: Array, b: Any, mu: Array, s: Array, s_b: Any) -> tuple[Array, Any]:
-        return s * w, None if b is None else s_b * b - _contract(mu * s, w, b.shape)
-
-    def apply_transpose(w: Array, b: Any, mu: Array, s: Array, s_b: Any) -> tuple[Array, Any]:
-        return (s * w, None) if b is None else (s * (w - mu * b), s_b * b)
-
-    def solve(w: Array, b: Any, mu: Array, s: Array, s_b: Any) -> tuple[Array, Any]:
-        return w / s, None if b is None else (b + _contract(mu, w, b.shape)) / s_b
-
-    def gram(w: Array, b: Any, mu: Array, s: Array, s_b: Any) -> tuple[Array, Any]:
-        # Step 5 of Algorithm 2 sums the updated G_w against mu. Taken from the raw G_w instead,
-        # sum mu s^2 (G_w - mu G_b), the updated one need not be written and read again.
-        if b is None:
-            return s**2 * w, None
-        c = mu * s**2
-        inputs = tuple(axis for axis, size in enumerate(b.shape) if size == 1)
-        c_mu = jnp.sum(jnp.broadcast_to(c * mu, w.shape), axis=inputs, keepdims=True)
-        return s**2 * (w - mu * b), s_b**2 * b - (_contract(c, w, b.shape) - c_mu * b)
-
     return Preconditioner(
-        init, update, by_layer(apply), by_layer(apply_transpose), by_layer(solve), by_layer(gram)
+        init=init,
+        update=update,
+        apply=by_layer(centering.apply),
+        apply_transpose=by_layer(centering.apply_transpose),
+        solve=by_layer(centering.solve),
+        gram=by_layer(centering.gram),
     )
-
-
-def _contract(
-    c: Float[Array, "..."], w: Float[Array, "..."], bias_shape: tuple[int, ...]
-) -> Float[Array, "..."]:
-    """Sum of c * w over the axes on which the bias does not extend; c broadcasts against w."""
-    axes = list(range(w.ndim))
-    varying = [axis for axis in axes if c.shape[axis] > 1]
-    kept = [axis for axis in axes if bias_shape[axis] > 1]
-    flat = jnp.squeeze(c, tuple(axis for axis in axes if c.shape[axis] == 1))
-    return jnp.einsum(flat, varying, w, axes, kept).reshape(bias_shape)

@@ -1,8 +1,7 @@
 """Where the kernels and biases of a tree are, and the shapes of what is kept for them."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,18 +26,70 @@ class Slot:
     kernel: str
     bias: str | None
     stats_shape: Shape
-    bias_shape: Shape | None
+    bias_shape: Shape
 
 
-def is_float(leaf: Any) -> bool:
-    """Whether `leaf` is a real floating-point array."""
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
+def kernels(tree: Any, layers: Mapping[str, Layer] | None) -> dict[str, str | None]:
+    """The kernels of `tree` that are preconditioned, each with its bias or None.
+
+    They are those of `layers`, else every real leaf named `kernel` with two or more axes.
+
+    Raises:
+      ValueError: If a kernel is complex, or `layers` names one that `tree` has not.
+    """
+    leaves = named_leaves(tree)
+    if layers is None:
+        named = [name for name, leaf in leaves.items() if is_named(name, KERNEL)]
+        pairs = {name: sibling(name, BIAS) for name in named if len(leaves[name].shape) >= 2}
+    else:
+        pairs = {name: layer.bias for name, layer in layers.items()}
+        missing = [name for name in layers if name not in leaves]
+        if missing and leaves and not has_masked_nodes(tree):
+            msg = (
+                f"`layers` has {quoted(missing)}, which the parameters have not; their leaves "
+                f"are {quoted(leaves)}. Call `find_layers` on the `params` that the optimizer gets."
+            )
+            raise ValueError(msg)
+    present = {name: bias for name, bias in pairs.items() if name in leaves}
+    for name in present:
+        if jnp.issubdtype(leaves[name].dtype, jnp.complexfloating):
+            msg = (
+                f"`{name}` is complex ({leaves[name].dtype}); the statistics of its inputs are "
+                "defined for real kernels only. Leave it out with `optax.masked` or `layers=`."
+            )
+            raise ValueError(msg)
+    # A bias may be hidden by a mask; without it, the layer cannot be centered.
+    return {
+        name: bias if bias in leaves else None
+        for name, bias in present.items()
+        if jnp.issubdtype(leaves[name].dtype, jnp.floating)
+    }
 
 
-def aligned_bias_shape(kernel: Shape, input_axes: tuple[int, ...]) -> Shape:
+def aligned_bias_shape(kernel: Shape, input_axes: Iterable[int]) -> Shape:
     """The kernel's shape with 1 on its input axes."""
     inputs = {axis % len(kernel) for axis in input_axes}
     return tuple(1 if axis in inputs else size for axis, size in enumerate(kernel))
+
+
+def initial_slots(params: Any, layers: Mapping[str, Layer] | None) -> list[Slot]:
+    """What to keep for each kernel before any statistics have come.
+
+    With `layers` this is exact. Without, it is what Flax's conventions say, wide enough for Dense,
+    DenseGeneral, attention and ungrouped convolutions, stacked or not; statistics of another
+    shape, such as those of grouped convolutions, change it at the first update.
+    """
+    leaves = named_leaves(params)
+    slots = []
+    for name, bias in kernels(params, layers).items():
+        kernel = tuple(leaves[name].shape)
+        if layers is not None:
+            axes, shape = layers[name].input_axes, layers[name].stats_shape
+        else:
+            guess = _guess_input_axes(kernel, tuple(leaves[bias].shape) if bias else None)
+            axes, shape = guess, _guess_stats_shape(kernel, guess)
+        slots.append(Slot(name, bias, shape, aligned_bias_shape(kernel, axes)))
+    return slots
 
 
 def _guess_input_axes(kernel: Shape, bias: Shape | None) -> range:
@@ -55,62 +106,9 @@ def _guess_input_axes(kernel: Shape, bias: Shape | None) -> range:
     return range(len(kernel) - 1)
 
 
-def _guess(name: str, leaves: Mapping[str, Any]) -> Slot:
-    """A slot for a kernel of which only shapes are known yet.
-
-    Wide enough for Dense, DenseGeneral, attention and ungrouped convolutions, stacked or not;
-    statistics of another shape (grouped convolutions) replace it at the first update.
-    """
-    kernel = tuple(leaves[name].shape)
-    bias = sibling(name, BIAS) if sibling(name, BIAS) in leaves else None
-    axes = _guess_input_axes(kernel, tuple(leaves[bias].shape) if bias else None)
+def _guess_stats_shape(kernel: Shape, axes: range) -> Shape:
     # Three or more input axes are a convolution's, whose statistics do not vary in space.
     spatial = axes[:-1] if len(axes) >= 3 else range(0)
-    kept = [axis < axes.stop and axis not in spatial for axis in range(len(kernel))]
-    aligned = aligned_bias_shape(kernel, tuple(axes))
-    if bias and math.prod(aligned) != math.prod(leaves[bias].shape):
-        bias = None
-    return Slot(
-        kernel=name,
-        bias=bias,
-        stats_shape=tuple(d if keep else 1 for d, keep in zip(kernel, kept, strict=True)),
-        bias_shape=aligned if bias else None,
+    return tuple(
+        size if axis < axes.stop and axis not in spatial else 1 for axis, size in enumerate(kernel)
     )
-
-
-def slots(tree: Any, layers: Mapping[str, Layer] | None) -> list[Slot]:
-    """The kernels of `tree` that are preconditioned: those of `layers`, else every `kernel`.
-
-    Raises:
-      ValueError: If a kernel is complex, or `layers` names one that `tree` has not.
-    """
-    leaves = named_leaves(tree)
-    if layers is None:
-        named = [name for name, leaf in leaves.items() if is_named(name, KERNEL)]
-        names = [name for name in named if len(leaves[name].shape) >= 2]
-    else:
-        names = [name for name in layers if name in leaves]
-        missing = [name for name in layers if name not in leaves]
-        if missing and leaves and not has_masked_nodes(tree):
-            msg = (
-                f"`layers` has {quoted(missing)}, which the parameters have not; their leaves "
-                f"are {quoted(leaves)}. Call `find_layers` on the `params` that the optimizer gets."
-            )
-            raise ValueError(msg)
-    for name in names:
-        if jnp.issubdtype(leaves[name].dtype, jnp.complexfloating):
-            msg = (
-                f"`{name}` is complex ({leaves[name].dtype}); the statistics of its inputs are "
-                "defined for real kernels only. Leave it out with `optax.masked` or `layers=`."
-            )
-            raise ValueError(msg)
-    names = [name for name in names if is_float(leaves[name])]
-    if layers is None:
-        return [_guess(name, leaves) for name in names]
-    return [_slot(layers[name], leaves) for name in names]
-
-
-def _slot(layer: Layer, leaves: Mapping[str, Any]) -> Slot:
-    bias = layer.bias if layer.bias in leaves else None
-    aligned = aligned_bias_shape(layer.kernel_shape, layer.input_axes) if bias else None
-    return Slot(layer.kernel, bias, layer.stats_shape, aligned)

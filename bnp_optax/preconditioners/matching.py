@@ -5,7 +5,7 @@ from typing import Any
 
 from bnp_optax._tree import KERNEL, has_masked_nodes, is_named, named_leaves, quoted
 from bnp_optax.capture.layer import Layer
-from bnp_optax.preconditioners.layout import Slot, aligned_bias_shape, slots
+from bnp_optax.preconditioners.layout import Slot, aligned_bias_shape, kernels
 from bnp_optax.statistics import LayerStats
 
 LEFT_OUT = object()
@@ -27,10 +27,10 @@ def match_statistics(
     """
     if layer_stats is None:
         return []
-    expected = slots(grads, layers)
+    expected = kernels(grads, layers)
     if layer_stats is LEFT_OUT:
         if expected:
-            names = quoted(slot.kernel for slot in expected)
+            names = quoted(expected)
             msg = f"`layer_stats` was left out, but there are layers to precondition: {names}. "
             raise ValueError(msg + _HOW_TO_PASS)
         return []
@@ -40,18 +40,18 @@ def match_statistics(
     leaves = named_leaves(grads)
     _check_strangers(grads, leaves, layers, layer_stats)
     matched = []
-    for slot in expected:
-        stats = layer_stats.get(slot.kernel)
+    for name in expected:
+        stats = layer_stats.get(name)
         if not isinstance(stats, LayerStats):
             came = f"{type(stats).__name__} for it" if stats is not None else "none for it, but"
             msg = (
-                f"`{slot.kernel}` is to be preconditioned and needs `LayerStats`; `layer_stats` "
+                f"`{name}` is to be preconditioned and needs `LayerStats`; `layer_stats` "
                 f"has {came} {quoted(layer_stats)}. `print(bnp_optax.summarize(loss_fn, params, "
                 "...))` says why a layer is not captured; to leave it as it is, pass "
                 "`layers=bnp_optax.find_layers(loss_fn, params, ...)` to the preconditioner."
             )
             raise ValueError(msg)
-        matched.append((_fit(slot, stats, leaves), stats))
+        matched.append((_fit(name, stats, leaves), stats))
     return matched
 
 
@@ -79,22 +79,20 @@ def _check_strangers(
         raise ValueError(msg)
 
 
-def _fit(slot: Slot, stats: LayerStats, leaves: Mapping[str, Any]) -> Slot:
-    """The slot as the statistics say it is."""
-    kernel = tuple(leaves[slot.kernel].shape)
+def _fit(name: str, stats: LayerStats, leaves: Mapping[str, Any]) -> Slot:
+    """What to keep for a kernel, as its statistics say."""
+    kernel = tuple(leaves[name].shape)
     shape = tuple(stats.mean.shape)
     fits = len(shape) == len(kernel) and all(
         size in (1, full) for size, full in zip(shape, kernel, strict=True)
     )
     if not fits or stats.var.shape != shape or stats.sq_mean.shape != shape:
         msg = (
-            f"The statistics of `{slot.kernel}` have shapes mean {shape}, var "
-            f"{tuple(stats.var.shape)}, sq_mean {tuple(stats.sq_mean.shape)}; expected one shape "
-            f"with {len(kernel)} axes that broadcasts against the kernel's {kernel}. Capture them "
-            "with the parameters that are optimized."
+            f"The statistics of `{name}` have shapes mean {shape}, var {tuple(stats.var.shape)}, "
+            f"sq_mean {tuple(stats.sq_mean.shape)}; expected one shape with {len(kernel)} axes "
+            f"that broadcasts against the kernel's {kernel}. Capture them with the parameters "
+            "that are optimized."
         )
         raise ValueError(msg)
-    # Without its bias, which a mask may hide, a layer cannot be centered.
     bias = stats.bias if stats.bias in leaves else None
-    aligned = aligned_bias_shape(kernel, stats.input_axes) if bias else None
-    return Slot(slot.kernel, bias, shape, aligned)
+    return Slot(name, bias, shape, aligned_bias_shape(kernel, stats.input_axes))

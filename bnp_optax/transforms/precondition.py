@@ -10,9 +10,9 @@ from bnp_optax.preconditioners import BNPOptions, Preconditioner, bnp
 def precondition(preconditioner: Preconditioner) -> optax.GradientTransformationExtraArgs:
     """Gradient descent in z, written in p: replace the gradient g by P P^T g.
 
-    Put optimizers that are linear in the gradient after it (SGD, momentum, weight decay, schedules).
-    An adaptive one, which divides by what it sees, undoes the preconditioning or diverges there: run
-    it inside `in_zspace` instead.
+    Put after it optimizers that are linear in the gradient: SGD, momentum, weight decay, schedules.
+    An adaptive one, which divides by what it sees, undoes the preconditioning there or diverges:
+    run it inside `in_zspace` instead.
 
     Args:
       preconditioner: Such as `bnp()`.
@@ -40,6 +40,9 @@ def precondition(preconditioner: Preconditioner) -> optax.GradientTransformation
     Regularization", (5).
     """
 
+    def init_fn(params: optax.Params) -> Any:
+        return preconditioner.init(params)
+
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
@@ -48,15 +51,15 @@ def precondition(preconditioner: Preconditioner) -> optax.GradientTransformation
             return preconditioner.gram(state, updates), state
         return preconditioner.apply(state, preconditioner.apply_transpose(state, updates)), state
 
-    return optax.GradientTransformationExtraArgs(preconditioner.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def bnp_precondition(**options: Unpack[BNPOptions]) -> optax.GradientTransformationExtraArgs:
     """Batch normalization preconditioning of the gradient, `precondition(bnp(**options))`.
 
     Follow it with SGD or momentum. **Not with Adam** or another adaptive optimizer, which divides
-    the preconditioned gradient by its own size and can diverge: `in_zspace(optax.adam(1e-3), bnp())`
-    runs Adam between P^T and P, which is where it belongs, and is `bnp_adam(1e-3)`.
+    the preconditioned gradient by its own size and can diverge: `bnp_adam(1e-3)`, which is
+    `in_zspace(optax.adam(1e-3), bnp())`, runs Adam between P^T and P, where it belongs.
 
     Args:
       **options: Those of `bnp`.

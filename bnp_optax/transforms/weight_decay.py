@@ -17,10 +17,11 @@ def zspace_weight_decay(
 ) -> optax.GradientTransformationExtraArgs:
     """L2 regularization of z: add weight_decay * p *after* preconditioning.
 
-    The penalty lambda ||z||^2 has the gradient 2 lambda z in z, which P maps to 2 lambda p: decoupled
-    weight decay with weight_decay = 2 lambda, whatever P is. AdamW is this with Adam's P. Place it
-    after `precondition` and before the learning rate, or anywhere inside `in_zspace`, where what it
-    sees is z. Prefer it to `pspace_weight_decay`: it shrinks well and badly scaled parameters alike.
+    The penalty lambda ||z||^2 has the gradient 2 lambda z in z, which P maps to 2 lambda p:
+    decoupled weight decay with weight_decay = 2 lambda, whatever P is. AdamW is this with Adam's P.
+    Place it after `precondition` and before the learning rate, or inside `in_zspace`, where what it
+    sees is z. Prefer it to `pspace_weight_decay`: it shrinks all parameters at one rate, well
+    scaled or not.
 
     Args:
       weight_decay: 2 lambda >= 0, or a schedule of it.

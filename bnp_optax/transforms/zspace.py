@@ -66,7 +66,7 @@ def in_zspace(
         return InZspaceState(state, inner.init(preconditioner.solve(state, params)))
 
     def update_fn(
-        updates: optax.Updates, state: InZspaceState, params: Any = None, **extra_args: Any
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, InZspaceState]:
         p_state = preconditioner.update(updates, state.preconditioner, params, **extra_args)
         extra_args.pop("layer_stats", None)

@@ -1,0 +1,56 @@
+"""P = U D / q of one layer, and its transpose, inverse and square, without forming matrices.
+
+A layer is a kernel w, a bias b broadcast against it (or None), the mean mu of its inputs, the
+scale s = 1 / (sigma~ q) of the kernel and s_b = 1 / q of the bias. Then
+
+    P [z_b, z_w] = [s_b z_b - sum_i mu_i s_i z_i, s z_w].
+"""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Kernel = Float[Array, "..."]
+Bias = Float[Array, "..."] | None
+Stats = Float[Array, "..."]
+Pair = tuple[Kernel, Bias]
+
+
+def apply(w: Kernel, b: Bias, mu: Stats, s: Stats, s_b: Stats) -> Pair:
+    """P z."""
+    return s * w, None if b is None else s_b * b - _dot(mu * s, w, b.shape)
+
+
+def apply_transpose(w: Kernel, b: Bias, mu: Stats, s: Stats, s_b: Stats) -> Pair:
+    """P^T g."""
+    return (s * w, None) if b is None else (s * (w - mu * b), s_b * b)
+
+
+def solve(w: Kernel, b: Bias, mu: Stats, s: Stats, s_b: Stats) -> Pair:
+    """P^-1 p."""
+    return w / s, None if b is None else (b + _dot(mu, w, b.shape)) / s_b
+
+
+def gram(w: Kernel, b: Bias, mu: Stats, s: Stats, s_b: Stats) -> Pair:
+    """P P^T g, steps 4 and 5 of Algorithms 2 and 3.
+
+    Step 5 sums mu times the updated G_w, which is s^2 (G_w - mu G_b). Split into a product with
+    the raw G_w and one with G_b, the updated G_w need not be written and read again.
+    """
+    if b is None:
+        return s**2 * w, None
+    inputs = tuple(axis for axis, size in enumerate(b.shape) if size == 1)
+    c = mu * s**2
+    repeats = math.prod(w.shape[axis] for axis in inputs if c.shape[axis] == 1)
+    c_mu = repeats * jnp.sum(c * mu, axis=inputs, keepdims=True)
+    return s**2 * (w - mu * b), s_b**2 * b - (_dot(c, w, b.shape) - c_mu * b)
+
+
+def _dot(c: Stats, w: Kernel, bias_shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Sum of c w over the axes on which the bias does not extend; c broadcasts against w."""
+    axes = list(range(w.ndim))
+    varying = [axis for axis in axes if c.shape[axis] > 1]
+    kept = [axis for axis in axes if bias_shape[axis] > 1]
+    flat = jnp.squeeze(c, tuple(axis for axis in axes if c.shape[axis] == 1))
+    return jnp.einsum(flat, varying, w, axes, kept).reshape(bias_shape)
