@@ -17,10 +17,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -133,7 +133,7 @@ def measure(problem: Problem, turns: int, console: Console) -> dict[str, dict[st
 
 def table(problem: Problem, rows: dict[str, dict[str, Any]]) -> Table:
     """Ratios to SGD, one row a method."""
-    result = Table(title=str(problem), title_justify="left")
+    result = Table(title=str(problem), title_justify="left", box=box.SIMPLE)
     result.add_column("method", no_wrap=True)
     for column in ("FLOPs", "bytes", "time", "(middle half)", "/ BatchNorm", "step"):
         result.add_column(column, justify="right", no_wrap=True)

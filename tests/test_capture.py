@@ -554,3 +554,17 @@ def test_gradient_of_the_gradient():
     _, got = jax.jvp(captured, (params,), (params,))
     _, expected = jax.jvp(plain, (params,), (params,))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
+
+
+def test_a_loss_that_compares_params_with_another_tree_is_told_of_the_probes():
+    params, _ = make_loss(*MODELS["dense"])
+    model, anchor = nn.Dense(3), jax.tree.map(jnp.zeros_like, params)
+
+    def loss_fn(params):
+        distance = jax.tree.map(lambda p, q: jnp.sum((p - q) ** 2), params, anchor)
+        return jnp.mean(model.apply({"params": params}, ROWS)) + sum(jax.tree.leaves(distance))
+
+    for layers in (None, bnp_optax.find_layers(lambda p: model.apply({"params": p}, ROWS), params)):
+        with pytest.raises(ValueError, match="bnp_optax_probe") as caught:
+            bnp_optax.value_and_grad(loss_fn, layers=layers)(params)
+        assert any("drop the leaves of that name first" in n for n in caught.value.__notes__)

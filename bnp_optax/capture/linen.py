@@ -6,6 +6,7 @@ the layer's inputs. Whatever Flax does with parameters (stacking them for `nn.sc
 sharing, rematerializing) it does with probes, and whatever JAX does with gradients, too.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,21 @@ Probe = dict[str, jax.Array]
 Visit = Callable[[Any, Reading | NotCovered, str, Any], Any]
 
 _tokens = itertools.count()
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Say what a probe is where a loss fails over one."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if PROBE in str(error):
+            error.add_note(
+                f"While it is differentiated, the loss sees a leaf `{PROBE}` of zeros beside each "
+                "kernel of `params`. If it compares `params` with another tree, drop the leaves "
+                "of that name first, or take that part of the gradient by `jax.grad`."
+            )
+        raise
 
 
 @jax.custom_vjp
@@ -175,7 +191,8 @@ def discover(
         with nn.intercept_methods(_interceptor(record)):
             return loss_fn(params, *args, **kwargs)
 
-    jaxpr = jax.make_jaxpr(traced)(marked, dynamic).jaxpr
+    with _explained():
+        jaxpr = jax.make_jaxpr(traced)(marked, dynamic).jaxpr
     used = dict(zip(named_leaves(marked), is_used(jaxpr), strict=False))
     unused = [name for name in kernels if name not in layers and not used[name]]
     for name in kernels:
@@ -263,7 +280,8 @@ def value_and_grad(
             return loss_fn(_beside_kernels(params, probes), *args, **kwargs)
 
     probes = {name: _zero_probe(layer) for name, layer in layers.items()}
-    value, (grads, sums) = jax.value_and_grad(probed, argnums=(0, 1), has_aux=has_aux)(
-        params, probes
-    )
+    with _explained():
+        value, (grads, sums) = jax.value_and_grad(probed, argnums=(0, 1), has_aux=has_aux)(
+            params, probes
+        )
     return value, grads, {name: _finalize(layers[name], sums[name]) for name in layers}
