@@ -39,10 +39,13 @@ def replace_leaves(tree: Any, new: dict[str, Any]) -> Any:
     return jax.tree.map_with_path(lambda path, leaf: new.get(path_name(path), leaf), tree)
 
 
-def has_masked_nodes(tree: Any) -> bool:
-    """Whether a wrapper such as `optax.masked` hid part of `tree`."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    return any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
+def has_holes(tree: Any) -> bool:
+    """Whether part of `tree` is hidden, by `optax.masked` and its like or as None."""
+
+    def is_hole(x: Any) -> bool:
+        return x is None or isinstance(x, optax.MaskedNode)
+
+    return any(map(is_hole, jax.tree.leaves(tree, is_leaf=is_hole)))
 
 
 def quoted(names: Iterable[str], limit: int = 8) -> str:

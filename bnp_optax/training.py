@@ -49,4 +49,4 @@ class TrainState(train_state.TrainState):
 
         bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
         stepped: Any = train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs)
-        return stepped.replace(tx=self.tx)
+        return stepped.replace(tx=kwargs.get("tx", self.tx))

@@ -145,6 +145,7 @@ def discover(
     kernels = {n: leaf for n, leaf in named_leaves(params).items() if is_named(n, KERNEL)}
     # Tokens make the traced tree new each time: a loss that is itself under `jax.jit` is traced
     # again and so seen by the interceptor. A marker is sliced as its kernel is.
+    is_complex = {n: jnp.issubdtype(leaf.dtype, jnp.complexfloating) for n, leaf in kernels.items()}
     tokens = {f"{next(_tokens)}": name for name in kernels}
     markers = {
         name: {token: jax.ShapeDtypeStruct(kernels[name].shape, jnp.float32)}
@@ -158,7 +159,9 @@ def discover(
         name = tokens[token]
         shape = tuple(kernels[name].shape)
         stacked = _stacked_axes(shape, marker.shape)
-        if isinstance(reading, NotCovered):
+        if is_complex[name]:
+            reasons[name] = "it is complex"
+        elif isinstance(reading, NotCovered):
             reasons.setdefault(name, str(reading))
         elif stacked is None:
             reasons.setdefault(name, f"`{kind}` sees it in the shape {marker.shape}")

@@ -1,5 +1,6 @@
 """Batch normalization preconditioning (Lange, Helfrich, Ye, JMLR 2022, Algorithms 2 and 3)."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -182,7 +183,8 @@ def bnp(
             bias_scale=jnp.broadcast_to(jax.lax.rsqrt(q_squared), old.bias_scale.shape),
             seen=old.seen + 1.0,
         )
-        accept = (stats.count > 0.0) & jnp.isfinite(mean).all() & jnp.isfinite(var).all()
+        finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((stats, mean, var))]
+        accept = functools.reduce(jnp.logical_and, finite, stats.count > 0.0)
         return jax.tree.map(lambda n, o: jnp.where(accept, n, o).astype(jnp.float32), new, old)
 
     def update(

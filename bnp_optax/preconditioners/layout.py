@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from bnp_optax._tree import BIAS, KERNEL, has_masked_nodes, is_named, named_leaves, quoted, sibling
+from bnp_optax._tree import BIAS, KERNEL, has_holes, is_named, named_leaves, quoted, sibling
 from bnp_optax.capture.layer import Layer
 
 Shape = tuple[int, ...]
@@ -44,7 +44,7 @@ def kernels(tree: Any, layers: Mapping[str, Layer] | None) -> dict[str, str | No
     else:
         pairs = {name: layer.bias for name, layer in layers.items()}
         missing = [name for name in layers if name not in leaves]
-        if missing and leaves and not has_masked_nodes(tree):
+        if missing and leaves and not has_holes(tree):
             msg = (
                 f"`layers` has {quoted(missing)}, which the parameters have not; their leaves "
                 f"are {quoted(leaves)}. Call `find_layers` on the `params` that the optimizer gets."
@@ -52,6 +52,14 @@ def kernels(tree: Any, layers: Mapping[str, Layer] | None) -> dict[str, str | No
             raise ValueError(msg)
     present = {name: bias for name, bias in pairs.items() if name in leaves}
     for name in present:
+        shape = tuple(leaves[name].shape)
+        if layers is not None and layers[name].kernel_shape != shape:
+            msg = (
+                f"`layers` has `{name}` with shape {layers[name].kernel_shape}, but the parameters "
+                f"have it with shape {shape}. Call `find_layers` on the `params` that the "
+                "optimizer gets."
+            )
+            raise ValueError(msg)
         if jnp.issubdtype(leaves[name].dtype, jnp.complexfloating):
             msg = (
                 f"`{name}` is complex ({leaves[name].dtype}); the statistics of its inputs are "

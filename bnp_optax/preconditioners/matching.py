@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bnp_optax._tree import KERNEL, has_masked_nodes, is_named, named_leaves, quoted
+from bnp_optax._tree import KERNEL, has_holes, is_named, named_leaves, quoted
 from bnp_optax.capture.layer import Layer
 from bnp_optax.preconditioners.layout import Slot, aligned_bias_shape, kernels
 from bnp_optax.statistics import LayerStats
@@ -63,7 +63,7 @@ def _check_strangers(
 ) -> None:
     """Statistics of a kernel that is not there, or that nothing says to be one."""
     absent = [name for name in layer_stats if name not in leaves]
-    if absent and not has_masked_nodes(grads):
+    if absent and not has_holes(grads):
         msg = (
             f"`layer_stats` has {quoted(absent)}, which the updates have not; their leaves are "
             f"{quoted(leaves)}. Capture and optimize the same tree, and precondition before "

@@ -84,7 +84,7 @@ def _decay(
     check_non_negative("weight_decay", weight_decay)
 
     def real(params: optax.Params) -> Any:
-        return jax.tree.map(lambda p: jnp.issubdtype(p.dtype, jnp.inexact), params)
+        return jax.tree.map(lambda p: jnp.issubdtype(jnp.result_type(p), jnp.inexact), params)
 
     # Integer leaves, which no gradient step moves, are left alone.
     decay = optax.masked(optax.add_decayed_weights(weight_decay, mask), real)
