@@ -39,13 +39,19 @@ def replace_leaves(tree: Any, new: dict[str, Any]) -> Any:
     return jax.tree.map_with_path(lambda path, leaf: new.get(path_name(path), leaf), tree)
 
 
-def has_holes(tree: Any) -> bool:
-    """Whether part of `tree` is hidden, by `optax.masked` and its like or as None."""
+def absent(names: Iterable[str], tree: Any) -> list[str]:
+    """Those of `names` that `tree` has not, nor may have where it is masked or None."""
 
-    def is_hole(x: Any) -> bool:
-        return x is None or isinstance(x, optax.MaskedNode)
+    def is_hidden(node: Any) -> bool:
+        return node is None or isinstance(node, optax.MaskedNode)
 
-    return any(map(is_hole, jax.tree.leaves(tree, is_leaf=is_hole)))
+    nodes = {path_name(p): n for p, n in jax.tree.leaves_with_path(tree, is_leaf=is_hidden)}
+    hidden = [part for part, node in nodes.items() if is_hidden(node)]
+
+    def may_be_hidden(name: str) -> bool:
+        return any(not part or name.startswith(f"{part}/") for part in hidden)
+
+    return [name for name in names if name not in nodes and not may_be_hidden(name)]
 
 
 def quoted(names: Iterable[str], limit: int = 8) -> str:

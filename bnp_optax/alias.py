@@ -6,11 +6,12 @@ from typing import Any, Unpack
 import optax
 from jax.typing import ArrayLike
 
-from bnp_optax._checks import check_non_negative
-from bnp_optax.preconditioners import BNPOptions, bnp
+from bnp_optax._checks import check_fraction, check_non_negative
+from bnp_optax.preconditioners import BNPOptions, bnp, takes_bnp_options
 from bnp_optax.transforms import bnp_precondition, in_zspace
 
 
+@takes_bnp_options
 def bnp_sgd(
     learning_rate: optax.ScalarOrSchedule,
     momentum: ArrayLike | None = None,
@@ -22,13 +23,16 @@ def bnp_sgd(
     The plain choice at small batches and for online learning. Momentum, if any, is taken in z.
 
     Args:
-      learning_rate: Step size > 0, or a schedule of it.
+      learning_rate: Step size >= 0, or a schedule of it.
       momentum: Decay of the trace in [0, 1), or None for none.
       nesterov: Whether to use Nesterov momentum.
       **bnp_options: Options of `bnp`.
 
     Returns:
       A transformation whose `update` takes `layer_stats` from `value_and_grad`.
+
+    Raises:
+      ValueError: If a hyper-parameter is out of its range.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -47,6 +51,8 @@ def bnp_sgd(
 
     Source: Lange, Helfrich, Ye, JMLR 2022, Algorithms 2 and 3.
     """
+    check_non_negative("learning_rate", learning_rate)
+    check_fraction("momentum", momentum)
     if momentum is None:
         # Without memory the two ways are one, and M in one pass is the cheaper.
         sgd = optax.chain(bnp_precondition(**bnp_options), optax.sgd(learning_rate))
@@ -54,6 +60,7 @@ def bnp_sgd(
     return in_zspace(optax.sgd(learning_rate, momentum, nesterov), bnp(**bnp_options))
 
 
+@takes_bnp_options
 def bnp_adam(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
@@ -66,7 +73,7 @@ def bnp_adam(
     The first thing to try, at any batch size: Adam's usual learning rates work.
 
     Args:
-      learning_rate: Step size > 0, or a schedule of it.
+      learning_rate: Step size >= 0, or a schedule of it.
       b1: Decay of the first moment, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
       eps: Added to the root of the second moment, >= 0.
@@ -74,6 +81,9 @@ def bnp_adam(
 
     Returns:
       A transformation whose `update` takes `layer_stats` from `value_and_grad`.
+
+    Raises:
+      ValueError: If a hyper-parameter is out of its range.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -93,9 +103,11 @@ def bnp_adam(
     Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
     Regularization", (4).
     """
+    _check_adam(learning_rate, b1, b2, eps)
     return in_zspace(optax.adam(learning_rate, b1, b2, eps), bnp(**bnp_options))
 
 
+@takes_bnp_options
 def bnp_adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
@@ -111,7 +123,7 @@ def bnp_adamw(
     decay of the kernel in p would shift.
 
     Args:
-      learning_rate: Step size > 0, or a schedule of it.
+      learning_rate: Step size >= 0, or a schedule of it.
       b1: Decay of the first moment, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
       eps: Added to the root of the second moment, >= 0.
@@ -123,7 +135,7 @@ def bnp_adamw(
       A transformation whose `update` takes `layer_stats` from `value_and_grad`.
 
     Raises:
-      ValueError: If `weight_decay` is negative.
+      ValueError: If a hyper-parameter is out of its range.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -143,6 +155,16 @@ def bnp_adamw(
     Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
     Regularization", (9).
     """
+    _check_adam(learning_rate, b1, b2, eps)
     check_non_negative("weight_decay", weight_decay)
     inner = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
     return in_zspace(inner, bnp(**bnp_options))
+
+
+def _check_adam(
+    learning_rate: optax.ScalarOrSchedule, b1: ArrayLike, b2: ArrayLike, eps: ArrayLike
+) -> None:
+    check_non_negative("learning_rate", learning_rate)
+    check_fraction("b1", b1)
+    check_fraction("b2", b2)
+    check_non_negative("eps", eps)

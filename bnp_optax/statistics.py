@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 # Below this multiple of the float32 spacing, E[m^2] - E[m]^2 is rounding, not variance.
-_ROUNDING = 8 * float(jnp.finfo(jnp.float32).eps)
+_ROUNDING = 2 * float(jnp.finfo(jnp.float32).eps)
 
 
 @functools.partial(
@@ -32,8 +32,10 @@ class LayerStats:
     Attributes:
       mean: Mean of the inputs that each kernel entry multiplies.
       var: Biased variance of the same, within the batch.
-      sq_mean: Square of `mean`; after averaging over batches, the mean of the squares.
-      count: Batch size x output positions x calls. 0 means that the layer did not run.
+      sq_mean: Square of `mean`, rounded down; after averaging over batches, the mean of the
+        squares.
+      count: Batch size x output positions x calls. 0 means that the layer did not run. After
+        averaging, that of one batch: give `bnp` the whole `batch_size`, which q needs.
       kernel: Name of the kernel, such as `'Dense_0/kernel'`.
       bias: Name of the bias that is added to the kernel's product, or None.
       input_axes: Axes of the kernel that are summed over, negative.

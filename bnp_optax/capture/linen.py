@@ -244,13 +244,14 @@ def _zero_probe(layer: Layer) -> Probe:
 def _finalize(layer: Layer, sums: Probe) -> LayerStats:
     """From sums over calls to statistics."""
     count = jnp.maximum(sums["count"], 1.0)
-    # The barrier keeps the compiler from computing the mean twice with different roundings:
-    # for one call, `sq_mean` is the square of this `mean` to the last bit.
+    # For one call, `sq_mean - mean**2` must not be positive by rounding, however it is evaluated
+    # (fused, say). So the compiler must not compute the mean twice, and the square goes down.
     mean = lax.optimization_barrier(sums["mean"] / count)
+    square = jnp.nextafter(mean**2, jnp.zeros_like(mean))
     return LayerStats(
         mean=mean,
         var=sums["var"] / count,
-        sq_mean=jnp.where(sums["calls"] <= 1.0, mean**2, sums["sq_mean"] / count),
+        sq_mean=jnp.where(sums["calls"] <= 1.0, square, sums["sq_mean"] / count),
         count=jnp.max(sums["count"]),
         kernel=layer.kernel,
         bias=layer.bias,

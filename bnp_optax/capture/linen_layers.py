@@ -174,4 +174,6 @@ def read(
     if isinstance(module, nn.ConvLocal):
         msg = f"`{name}` has a kernel of its own at every position"
         raise NotCovered(msg)
-    return reader(module, outputs, *args, **kwargs)
+    kwargs = dict(kwargs)
+    inputs, *rest = args or (kwargs.pop("inputs"),)
+    return reader(module, outputs, jnp.asarray(inputs), *rest, **kwargs)

@@ -29,3 +29,11 @@ class Preconditioner(NamedTuple):
     apply_transpose: Callable[[State, Tree], Tree]
     solve: Callable[[State, Tree], Tree]
     gram: Callable[[State, Tree], Tree] | None = None
+
+
+def check_preconditioner(value: Any) -> None:
+    """Raise unless `value` is a `Preconditioner`."""
+    if not isinstance(value, Preconditioner):
+        name = getattr(value, "__name__", type(value).__name__)
+        msg = f"`preconditioner` must be a `Preconditioner`, such as `bnp()`; got `{name}`."
+        raise ValueError(msg)

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,19 +47,6 @@ class _Layer(NamedTuple):
     scale: Array
     bias_scale: Array
     seen: Array
-
-
-class BNPOptions(TypedDict, total=False):
-    """The options of `bnp`, which see."""
-
-    decay: ArrayLike
-    eps_rel: ArrayLike
-    eps_abs: ArrayLike
-    scale: bool
-    warm_start: bool
-    variance: Variance
-    batch_size: ArrayLike | None
-    layers: Mapping[str, Layer] | None
 
 
 def bnp(

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from bnp_optax._tree import BIAS, KERNEL, has_holes, is_named, named_leaves, quoted, sibling
+from bnp_optax._tree import BIAS, KERNEL, absent, is_named, named_leaves, quoted, sibling
 from bnp_optax.capture.layer import Layer
 
 Shape = tuple[int, ...]
@@ -43,8 +43,8 @@ def kernels(tree: Any, layers: Mapping[str, Layer] | None) -> dict[str, str | No
         pairs = {name: sibling(name, BIAS) for name in named if len(leaves[name].shape) >= 2}
     else:
         pairs = {name: layer.bias for name, layer in layers.items()}
-        missing = [name for name in layers if name not in leaves]
-        if missing and leaves and not has_holes(tree):
+        missing = absent(layers, tree) if leaves else []
+        if missing:
             msg = (
                 f"`layers` has {quoted(missing)}, which the parameters have not; their leaves "
                 f"are {quoted(leaves)}. Call `find_layers` on the `params` that the optimizer gets."

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bnp_optax._tree import KERNEL, has_holes, is_named, named_leaves, quoted
+from bnp_optax._tree import KERNEL, absent, is_named, named_leaves, quoted
 from bnp_optax.capture.layer import Layer
 from bnp_optax.preconditioners.layout import Slot, aligned_bias_shape, kernels
 from bnp_optax.statistics import LayerStats
@@ -14,6 +14,10 @@ _HOW_TO_PASS = (
     "Take the statistics from `loss, grads, stats = bnp_optax.value_and_grad(loss_fn)(params, "
     "...)` and pass them on: `tx.update(grads, state, params, layer_stats=stats)`; "
     "`layer_stats=None` reuses the running ones."
+)
+_DROPPED = (
+    " If you did, a wrapper dropped it: `optax.MultiSteps` inside a chain does, unless given as "
+    "`optax.GradientTransformationExtraArgs(multi.init, multi.update)`."
 )
 
 
@@ -32,7 +36,7 @@ def match_statistics(
         if expected:
             names = quoted(expected)
             msg = f"`layer_stats` was left out, but there are layers to precondition: {names}. "
-            raise ValueError(msg + _HOW_TO_PASS)
+            raise ValueError(msg + _HOW_TO_PASS + _DROPPED)
         return []
     if not isinstance(layer_stats, Mapping):
         msg = f"`layer_stats` must be a dict of `LayerStats`, got {type(layer_stats).__name__}. "
@@ -43,11 +47,13 @@ def match_statistics(
     for name in expected:
         stats = layer_stats.get(name)
         if not isinstance(stats, LayerStats):
-            came = f"{type(stats).__name__} for it" if stats is not None else "none for it, but"
+            came = "none for it, but"
+            if stats is not None:
+                came = f"a `{type(stats).__name__}` for it among"
             msg = (
-                f"`{name}` is to be preconditioned and needs `LayerStats`; `layer_stats` "
-                f"has {came} {quoted(layer_stats)}. `print(bnp_optax.summarize(loss_fn, params, "
-                "...))` says why a layer is not captured; to leave it as it is, pass "
+                f"`{name}` is to be preconditioned and needs `LayerStats`; `layer_stats` has "
+                f"{came} {quoted(layer_stats)}. `print(bnp_optax.summarize(loss_fn, params, ...))` "
+                "says why a layer is not captured; to leave it as it is, pass "
                 "`layers=bnp_optax.find_layers(loss_fn, params, ...)` to the preconditioner."
             )
             raise ValueError(msg)
@@ -62,10 +68,10 @@ def _check_strangers(
     layer_stats: Mapping[str, Any],
 ) -> None:
     """Statistics of a kernel that is not there, or that nothing says to be one."""
-    absent = [name for name in layer_stats if name not in leaves]
-    if absent and not has_holes(grads):
+    strangers = absent(layer_stats, grads)
+    if strangers:
         msg = (
-            f"`layer_stats` has {quoted(absent)}, which the updates have not; their leaves are "
+            f"`layer_stats` has {quoted(strangers)}, which the updates have not; their leaves are "
             f"{quoted(leaves)}. Capture and optimize the same tree, and precondition before "
             "anything, such as `optax.flatten`, changes its structure."
         )

@@ -4,7 +4,8 @@ from typing import Any, Unpack
 
 import optax
 
-from bnp_optax.preconditioners import BNPOptions, Preconditioner, bnp
+from bnp_optax.preconditioners import BNPOptions, Preconditioner, bnp, takes_bnp_options
+from bnp_optax.preconditioners.base import check_preconditioner
 
 
 def precondition(preconditioner: Preconditioner) -> optax.GradientTransformationExtraArgs:
@@ -39,6 +40,7 @@ def precondition(preconditioner: Preconditioner) -> optax.GradientTransformation
     Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
     Regularization", (5).
     """
+    check_preconditioner(preconditioner)
 
     def init_fn(params: optax.Params) -> Any:
         return preconditioner.init(params)
@@ -54,6 +56,7 @@ def precondition(preconditioner: Preconditioner) -> optax.GradientTransformation
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@takes_bnp_options
 def bnp_precondition(**options: Unpack[BNPOptions]) -> optax.GradientTransformationExtraArgs:
     """Batch normalization preconditioning of the gradient, `precondition(bnp(**options))`.
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import optax
 
 from bnp_optax.preconditioners import Preconditioner
+from bnp_optax.preconditioners.base import check_preconditioner
 
 
 class InZspaceState(NamedTuple):
@@ -59,6 +60,7 @@ def in_zspace(
     Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
     Regularization", (4) and (9).
     """
+    check_preconditioner(preconditioner)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> InZspaceState:
