@@ -205,10 +205,10 @@ def test_average_over_four_microbatches_is_the_statistic_of_the_batch(kind, rati
     assert (np.ravel(average.var) < 0.9 * var).any()
 
 
-@pytest.mark.parametrize("ratio", [3.0, 10.0, 25.0])
+@pytest.mark.parametrize("ratio", [3.0, 10.0, 30.0])
 def test_average_over_two_halves_of_one_distribution_has_the_variance_of_the_batch(ratio):
-    # The halves' means differ by chance alone. E[m^2] - E[m]^2 is rounded at 6e-8 of m^2, some ten
-    # times over at worst: 4e-4 of the variance at ratio 25.
+    # The halves' means differ by chance alone. E[m^2] - E[m]^2 is rounded at 6e-8 of m^2, some
+    # times over: 4e-4 of the variance at ratio 30.
     x = batch((32, 512), ratio)
     average = averaged([capture(model_for(DENSE), part) for part in np.split(x, 2)])
     _, var = oracles.input_moments(x)
