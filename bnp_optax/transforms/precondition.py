@@ -1,14 +1,29 @@
 """Multiply gradients by M = P P^T."""
 
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import optax
 
 from bnp_optax.preconditioners import BNPOptions, Preconditioner, bnp, takes_bnp_options
 from bnp_optax.preconditioners.base import check_preconditioner
+from bnp_optax.transforms.extra_args import update_inner
 
 
-def precondition(preconditioner: Preconditioner) -> optax.GradientTransformationExtraArgs:
+class PreconditionState(NamedTuple):
+    """State of `precondition` with an `inner` transformation.
+
+    Attributes:
+      preconditioner: State of P.
+      inner: State of the transformation that the gradient goes through before M.
+    """
+
+    preconditioner: Any
+    inner: Any
+
+
+def precondition(
+    preconditioner: Preconditioner, inner: optax.GradientTransformation | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Gradient descent in z, written in p: replace the gradient g by P P^T g.
 
     Put after it optimizers that are linear in the gradient: SGD, momentum, weight decay, schedules.
@@ -16,11 +31,13 @@ def precondition(preconditioner: Preconditioner) -> optax.GradientTransformation
     run it inside `in_zspace` instead.
 
     Args:
-      preconditioner: Such as `bnp()`.
+      preconditioner: Such as `bnp()`. It is refreshed with the gradient as it comes.
+      inner: What the gradient goes through before M multiplies it, such as momentum in p: with
+        `optax.ema(b1)`, `precondition(rms(b2), optax.ema(b1))` is Adam.
 
     Returns:
-      A transformation whose state is the preconditioner's. `update` passes extra arguments, such
-      as `layer_stats`, on to the preconditioner.
+      A transformation whose state is the preconditioner's, or `PreconditionState` with `inner`.
+      `update` passes extra arguments, such as `layer_stats`, on to the preconditioner.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -41,17 +58,26 @@ def precondition(preconditioner: Preconditioner) -> optax.GradientTransformation
     Regularization", (5).
     """
     check_preconditioner(preconditioner)
+    before = None if inner is None else optax.with_extra_args_support(inner)
+
+    def multiply(state: Any, g: optax.Updates) -> optax.Updates:
+        if preconditioner.gram is not None:
+            return preconditioner.gram(state, g)
+        return preconditioner.apply(state, preconditioner.apply_transpose(state, g))
 
     def init_fn(params: optax.Params) -> Any:
-        return preconditioner.init(params)
+        state = preconditioner.init(params)
+        return state if before is None else PreconditionState(state, before.init(params))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        state = preconditioner.update(updates, state, params, **extra_args)
-        if preconditioner.gram is not None:
-            return preconditioner.gram(state, updates), state
-        return preconditioner.apply(state, preconditioner.apply_transpose(state, updates)), state
+        p_state = state if before is None else state.preconditioner
+        p_state = preconditioner.update(updates, p_state, params, **extra_args)
+        if before is None:
+            return multiply(p_state, updates), p_state
+        updates, inner_state = update_inner(before, updates, state.inner, params, extra_args)
+        return multiply(p_state, updates), PreconditionState(p_state, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

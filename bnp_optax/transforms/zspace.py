@@ -1,7 +1,6 @@
 """Run any optimizer on z, where p = P z."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import optax
 
 from bnp_optax.preconditioners import Preconditioner
 from bnp_optax.preconditioners.base import check_preconditioner
+from bnp_optax.transforms.extra_args import update_inner
 
 
 class InZspaceState(NamedTuple):
@@ -71,7 +71,6 @@ def in_zspace(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, InZspaceState]:
         p_state = preconditioner.update(updates, state.preconditioner, params, **extra_args)
-        extra_args.pop("layer_stats", None)
         to_p = functools.partial(preconditioner.apply, p_state)
         pull_back = functools.partial(preconditioner.apply_transpose, p_state)
         if extra_args.get("value_fn") is not None:
@@ -81,9 +80,7 @@ def in_zspace(
         if extra_args.get("grad") is not None:
             extra_args["grad"] = pull_back(extra_args["grad"])
         z = None if params is None else preconditioner.solve(p_state, params)
-        z_updates, inner_state = inner.update(
-            pull_back(updates), state.inner, z, **_accepted(inner.update, extra_args)
-        )
+        z_updates, inner_state = update_inner(inner, pull_back(updates), state.inner, z, extra_args)
         return to_p(z_updates), InZspaceState(p_state, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -99,11 +96,3 @@ def _mapped(
         return then(function(to_p(z), *args, **kwargs))
 
     return of_z
-
-
-def _accepted(update: Callable[..., Any], extra_args: dict[str, Any]) -> dict[str, Any]:
-    """The extra arguments that `update` has a parameter for."""
-    parameters = inspect.signature(update).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return extra_args
-    return {name: value for name, value in extra_args.items() if name in parameters}

@@ -1,0 +1,159 @@
+"""The diagonal preconditioners of the adaptive optimizers: RMSProp's and Adam's, and AdaGrad's."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int
+
+from bnp_optax._checks import check_fraction, check_non_negative
+from bnp_optax.preconditioners.base import Preconditioner
+
+
+class DiagonalState(NamedTuple):
+    """State of `rms` and `adagrad`.
+
+    Attributes:
+      count: Number of gradients seen.
+      nu: Running mean (`rms`) or sum (`adagrad`) of the squared gradients, like the parameters.
+      diagonal: The diagonal of P, like the parameters; 1 before the first gradient.
+    """
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    nu: Any
+    diagonal: Any
+
+
+def rms(
+    decay: ArrayLike = 0.999, eps: ArrayLike = 1e-8, bias_correction: bool = True
+) -> Preconditioner:
+    r"""P = diag((sqrt(v) + eps)^(-1/2)), with v a running mean of the squared gradient.
+
+    M = P P^T = diag(1 / (sqrt(v) + eps)) is the matrix by which Adam and RMSProp multiply: they are
+    gradient descent after p = P z. Each entry of sqrt(v) is about proportional to the norm of its
+    row of the Hessian, so P equilibrates the Hessian's rows.
+
+    Args:
+      decay: beta_2, in [0, 1).
+      eps: >= 0.
+      bias_correction: True divides the mean, started at 0, by 1 - decay^t, as Adam does. False
+        starts it with the first squared gradient, which needs no correction.
+
+    Raises:
+      ValueError: If a hyper-parameter is out of its range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import bnp_optax
+      >>> tx = optax.chain(
+      ...     bnp_optax.precondition(bnp_optax.rms(0.999), optax.ema(0.9)), optax.scale(-1e-3)
+      ... )
+      >>> p, g = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -4.0])}
+      >>> ours, _ = tx.update(g, tx.init(p), p)
+      >>> adam = optax.adam(1e-3)
+      >>> theirs, _ = adam.update(g, adam.init(p), p)
+      >>> bool(jnp.allclose(ours["w"], theirs["w"]))
+      True
+
+    Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
+    Regularization", (6) to (8).
+    """
+    check_fraction("decay", decay)
+    check_non_negative("eps", eps)
+
+    def accumulate(g: Array, nu: Array, count: Array) -> Array:
+        rate = jnp.asarray(1.0 - decay, nu.dtype)
+        if not bias_correction:
+            rate = jnp.where(count == 0, 1.0, rate)
+        return (1.0 - rate) * nu + rate * g**2
+
+    def diagonal(nu: Array, count: Array) -> Array:
+        if bias_correction:
+            nu = nu / (1.0 - jnp.asarray(decay, nu.dtype) ** count)
+        return _inverse_root(jnp.sqrt(nu) + eps)
+
+    return _diagonal(0.0, accumulate, diagonal)
+
+
+def adagrad(eps: ArrayLike = 1e-7, initial_accumulator_value: ArrayLike = 0.1) -> Preconditioner:
+    r"""P = diag((r + eps)^(-1/4)), with r the sum of the squared gradients.
+
+    M = P P^T = diag(1 / sqrt(r + eps)), AdaGrad's. The sum grows with the steps, which lowers the
+    learning rate like 1 / sqrt(t) beside equilibrating the Hessian's rows; `rms` does the latter
+    alone.
+
+    Args:
+      eps: >= 0.
+      initial_accumulator_value: What the sum starts at, >= 0.
+
+    Raises:
+      ValueError: If a hyper-parameter is out of its range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import bnp_optax
+      >>> tx = optax.chain(bnp_optax.precondition(bnp_optax.adagrad()), optax.scale(-0.1))
+      >>> p, g = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -4.0])}
+      >>> ours, _ = tx.update(g, tx.init(p), p)
+      >>> adagrad = optax.adagrad(0.1)
+      >>> theirs, _ = adagrad.update(g, adagrad.init(p), p)
+      >>> bool(jnp.allclose(ours["w"], theirs["w"]))
+      True
+
+    Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
+    Regularization", the section on adaptive learning rates.
+    """
+    check_non_negative("eps", eps)
+    check_non_negative("initial_accumulator_value", initial_accumulator_value)
+
+    def diagonal(nu: Array, count: Array) -> Array:
+        del count
+        return _inverse_root(jnp.sqrt(nu + eps))
+
+    return _diagonal(initial_accumulator_value, lambda g, nu, count: nu + g**2, diagonal)
+
+
+def _inverse_root(x: Array) -> Array:
+    """1 / sqrt(x); 1 where x = 0, a parameter that has had no gradient."""
+    return jnp.where(x > 0.0, jax.lax.rsqrt(jnp.where(x > 0.0, x, 1.0)), 1.0)
+
+
+def _diagonal(
+    start: ArrayLike,
+    accumulate: Callable[[Array, Array, Array], Array],
+    diagonal: Callable[[Array, Array], Array],
+) -> Preconditioner:
+    """A diagonal P made of accumulated squared gradients."""
+
+    def per_leaf(function: Callable[..., Array], *trees: Any) -> Any:
+        """Apply `function` to the floating-point leaves; the others stay those of the first."""
+
+        def apply(first: Array, *rest: Array) -> Array:
+            if not jnp.issubdtype(first.dtype, jnp.floating):
+                return first
+            return function(first, *rest).astype(first.dtype)
+
+        return jax.tree.map(apply, *trees)
+
+    def init(params: Any) -> DiagonalState:
+        nu = jax.tree.map(lambda p: jnp.full_like(p, start), params)
+        ones = jax.tree.map(jnp.ones_like, params)
+        return DiagonalState(jnp.zeros((), jnp.int32), nu, ones)
+
+    def update(grads: Any, state: DiagonalState, params: Any = None, **extra: Any) -> DiagonalState:
+        del params, extra
+        nu = per_leaf(lambda nu, g: accumulate(g, nu, state.count), state.nu, grads)
+        count = state.count + 1
+        return DiagonalState(count, nu, per_leaf(lambda nu: diagonal(nu, count), nu))
+
+    def apply(state: DiagonalState, tree: Any) -> Any:
+        return per_leaf(lambda x, d: d * x, tree, state.diagonal)
+
+    def solve(state: DiagonalState, tree: Any) -> Any:
+        return per_leaf(lambda x, d: x / d, tree, state.diagonal)
+
+    return Preconditioner(init, update, apply, apply, solve)
