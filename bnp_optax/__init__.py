@@ -1,6 +1,6 @@
 """Batch normalization preconditioning and z-space regularization for Optax."""
 
-from bnp_optax.alias import bnp_adam, bnp_adamw, bnp_sgd
+from bnp_optax.alias import adam_l1, bnp_adam, bnp_adamw, bnp_sgd
 from bnp_optax.capture import Layer, Summary, find_layers, summarize, value_and_grad
 from bnp_optax.preconditioners import (
     BNPState,
@@ -15,12 +15,17 @@ from bnp_optax.preconditioners import (
 from bnp_optax.statistics import LayerStats
 from bnp_optax.training import TrainState
 from bnp_optax.transforms import (
+    GradientRegularizationState,
     InZspaceState,
     PreconditionState,
+    ProximalL1State,
     bnp_precondition,
+    gradient_regularization,
     in_zspace,
     precondition,
+    proximal_l1,
     pspace_weight_decay,
+    zspace_grad_reg,
     zspace_weight_decay,
 )
 
@@ -30,14 +35,17 @@ __all__ = [
     "BNPState",
     "ComposeState",
     "DiagonalState",
+    "GradientRegularizationState",
     "InZspaceState",
     "Layer",
     "LayerStats",
     "PreconditionState",
     "Preconditioner",
+    "ProximalL1State",
     "Summary",
     "TrainState",
     "adagrad",
+    "adam_l1",
     "bnp",
     "bnp_adam",
     "bnp_adamw",
@@ -45,11 +53,14 @@ __all__ = [
     "bnp_sgd",
     "compose",
     "find_layers",
+    "gradient_regularization",
     "in_zspace",
     "precondition",
+    "proximal_l1",
     "pspace_weight_decay",
     "rms",
     "summarize",
     "value_and_grad",
+    "zspace_grad_reg",
     "zspace_weight_decay",
 ]

@@ -7,8 +7,8 @@ import optax
 from jax.typing import ArrayLike
 
 from bnp_optax._checks import check_fraction, check_non_negative
-from bnp_optax.preconditioners import BNPOptions, bnp, takes_bnp_options
-from bnp_optax.transforms import bnp_precondition, in_zspace
+from bnp_optax.preconditioners import BNPOptions, bnp, rms, takes_bnp_options
+from bnp_optax.transforms import bnp_precondition, in_zspace, proximal_l1
 
 
 @takes_bnp_options
@@ -159,6 +159,56 @@ def bnp_adamw(
     check_non_negative("weight_decay", weight_decay)
     inner = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
     return in_zspace(inner, bnp(**bnp_options))
+
+
+def adam_l1(
+    learning_rate: optax.ScalarOrSchedule,
+    l1: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam with L1 regularization of its own z: exact zeros.
+
+    Adam is a preconditioned descent with P = diag((sqrt(v) + eps)^(-1/2)). After each of its steps
+    comes the proximal step of l1 ||z||_1, which thresholds p_i at l1 * learning_rate * P_ii. With
+    l1 = 0 it is Adam. To L1 what AdamW is to L2.
+
+    Args:
+      learning_rate: Step size >= 0, or a schedule of it.
+      l1: Strength >= 0, or a schedule of it.
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment, in [0, 1).
+      eps: Added to the root of the second moment, >= 0.
+      mask: What to penalize, as in `proximal_l1`.
+
+    Raises:
+      ValueError: If a hyper-parameter is out of its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import optax
+      >>> import bnp_optax
+      >>> target = jnp.array([[1.0, 0.01]])
+      >>> loss_fn = lambda p: jnp.sum((p["kernel"] - target) ** 2)
+      >>> tx, params = bnp_optax.adam_l1(0.01, 0.1), {"kernel": jnp.ones((1, 2))}
+      >>> state = tx.init(params)
+      >>> for _ in range(300):
+      ...     updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> (params["kernel"] == 0.0).tolist()
+      [[False, True]]
+
+    Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
+    Regularization" (L1 by the same argument as (9)).
+    """
+    _check_adam(learning_rate, b1, b2, eps)
+    check_non_negative("l1", l1)
+    step = optax.chain(
+        optax.scale_by_learning_rate(learning_rate), proximal_l1(l1, learning_rate, mask)
+    )
+    return in_zspace(step, rms(b2, eps), before=optax.ema(b1))
 
 
 def _check_adam(

@@ -14,14 +14,14 @@ PARAMS = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "b": jnp.array([0.5, -
 COMPOSITIONS = {
     "adam": (
         optax.chain(
-            bnp_optax.precondition(bnp_optax.rms(0.99, 1e-7), optax.ema(0.8)),
+            bnp_optax.precondition(bnp_optax.rms(0.99, 1e-7), before=optax.ema(0.8)),
             optax.scale(-RATE),
         ),
         optax.adam(RATE, b1=0.8, b2=0.99, eps=1e-7),
     ),
     "adamw": (
         optax.chain(
-            bnp_optax.precondition(bnp_optax.rms(), optax.ema(0.9)),
+            bnp_optax.precondition(bnp_optax.rms(), before=optax.ema(0.9)),
             bnp_optax.zspace_weight_decay(0.1),
             optax.scale(-RATE),
         ),

@@ -48,9 +48,8 @@ def rms(
       >>> import jax.numpy as jnp
       >>> import optax
       >>> import bnp_optax
-      >>> tx = optax.chain(
-      ...     bnp_optax.precondition(bnp_optax.rms(0.999), optax.ema(0.9)), optax.scale(-1e-3)
-      ... )
+      >>> scaled = bnp_optax.precondition(bnp_optax.rms(0.999), before=optax.ema(0.9))
+      >>> tx = optax.chain(scaled, optax.scale(-1e-3))
       >>> p, g = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -4.0])}
       >>> ours, _ = tx.update(g, tx.init(p), p)
       >>> adam = optax.adam(1e-3)

@@ -10,19 +10,19 @@ from bnp_optax.transforms.extra_args import update_inner
 
 
 class PreconditionState(NamedTuple):
-    """State of `precondition` with an `inner` transformation.
+    """State of `precondition` with a transformation `before`.
 
     Attributes:
       preconditioner: State of P.
-      inner: State of the transformation that the gradient goes through before M.
+      before: State of the transformation that the gradient goes through before M.
     """
 
     preconditioner: Any
-    inner: Any
+    before: Any
 
 
 def precondition(
-    preconditioner: Preconditioner, inner: optax.GradientTransformation | None = None
+    preconditioner: Preconditioner, before: optax.GradientTransformation | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient descent in z, written in p: replace the gradient g by P P^T g.
 
@@ -32,11 +32,11 @@ def precondition(
 
     Args:
       preconditioner: Such as `bnp()`. It is refreshed with the gradient as it comes.
-      inner: What the gradient goes through before M multiplies it, such as momentum in p: with
-        `optax.ema(b1)`, `precondition(rms(b2), optax.ema(b1))` is Adam.
+      before: What the gradient goes through before M multiplies it, such as momentum in p: with
+        `optax.ema(b1)`, `precondition(rms(b2), before=optax.ema(b1))` is Adam.
 
     Returns:
-      A transformation whose state is the preconditioner's, or `PreconditionState` with `inner`.
+      A transformation whose state is the preconditioner's, or `PreconditionState` with `before`.
       `update` passes extra arguments, such as `layer_stats`, on to the preconditioner.
 
     Example:
@@ -58,7 +58,7 @@ def precondition(
     Regularization", (5).
     """
     check_preconditioner(preconditioner)
-    before = None if inner is None else optax.with_extra_args_support(inner)
+    first = None if before is None else optax.with_extra_args_support(before)
 
     def multiply(state: Any, g: optax.Updates) -> optax.Updates:
         if preconditioner.gram is not None:
@@ -67,17 +67,17 @@ def precondition(
 
     def init_fn(params: optax.Params) -> Any:
         state = preconditioner.init(params)
-        return state if before is None else PreconditionState(state, before.init(params))
+        return state if first is None else PreconditionState(state, first.init(params))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        p_state = state if before is None else state.preconditioner
+        p_state = state if first is None else state.preconditioner
         p_state = preconditioner.update(updates, p_state, params, **extra_args)
-        if before is None:
+        if first is None:
             return multiply(p_state, updates), p_state
-        updates, inner_state = update_inner(before, updates, state.inner, params, extra_args)
-        return multiply(p_state, updates), PreconditionState(p_state, inner_state)
+        updates, first_state = update_inner(first, updates, state.before, params, extra_args)
+        return multiply(p_state, updates), PreconditionState(p_state, first_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

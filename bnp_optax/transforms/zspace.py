@@ -4,11 +4,15 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from bnp_optax.preconditioners import Preconditioner
 from bnp_optax.preconditioners.base import check_preconditioner
 from bnp_optax.transforms.extra_args import update_inner
+from bnp_optax.transforms.proximal_l1 import ProximalL1State
 
 
 class InZspaceState(NamedTuple):
@@ -17,14 +21,18 @@ class InZspaceState(NamedTuple):
     Attributes:
       preconditioner: State of P.
       inner: State of the optimizer that runs on z.
+      before: State of the transformation that the gradient goes through in p.
     """
 
     preconditioner: Any
     inner: Any
+    before: Any
 
 
 def in_zspace(
-    inner: optax.GradientTransformation, preconditioner: Preconditioner
+    inner: optax.GradientTransformation,
+    preconditioner: Preconditioner,
+    before: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Run `inner` on z, where p = P z: updates = P inner(P^T g).
 
@@ -36,7 +44,9 @@ def in_zspace(
     Args:
       inner: Any Optax transformation. It gets those extra arguments that its `update` takes,
         other than `layer_stats`.
-      preconditioner: Such as `bnp()`.
+      preconditioner: Such as `bnp()`. It is refreshed with the gradient as it comes.
+      before: What the gradient goes through in p, before P^T, such as Adam's momentum; None for
+        nothing.
 
     Returns:
       A transformation with state `InZspaceState`.
@@ -62,15 +72,18 @@ def in_zspace(
     """
     check_preconditioner(preconditioner)
     inner = optax.with_extra_args_support(inner)
+    first = optax.with_extra_args_support(before or optax.identity())
 
     def init_fn(params: optax.Params) -> InZspaceState:
         state = preconditioner.init(params)
-        return InZspaceState(state, inner.init(preconditioner.solve(state, params)))
+        z = preconditioner.solve(state, params)
+        return InZspaceState(state, inner.init(z), first.init(params))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, InZspaceState]:
         p_state = preconditioner.update(updates, state.preconditioner, params, **extra_args)
+        updates, first_state = update_inner(first, updates, state.before, params, extra_args)
         to_p = functools.partial(preconditioner.apply, p_state)
         pull_back = functools.partial(preconditioner.apply_transpose, p_state)
         if extra_args.get("value_fn") is not None:
@@ -81,9 +94,32 @@ def in_zspace(
             extra_args["grad"] = pull_back(extra_args["grad"])
         z = None if params is None else preconditioner.solve(p_state, params)
         z_updates, inner_state = update_inner(inner, pull_back(updates), state.inner, z, extra_args)
-        return to_p(z_updates), InZspaceState(p_state, inner_state)
+        updates = to_p(z_updates)
+        if params is not None and _may_set_zeros(inner_state):
+            updates = jax.tree.map(_exact_zero, updates, params, z_updates, z)
+        return updates, InZspaceState(p_state, inner_state, first_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _may_set_zeros(inner_state: Any) -> bool:
+    def is_proximal(node: Any) -> bool:
+        return isinstance(node, ProximalL1State)
+
+    return any(map(is_proximal, jax.tree.leaves(inner_state, is_leaf=is_proximal)))
+
+
+def _exact_zero(update: Array, p: Array, z_update: Array, z: Array) -> Array:
+    """`update`, but exactly -p where z and p both become 0 but for rounding.
+
+    P(P^-1 p) is p up to rounding, so where the new z is 0, the new p would be about 1e-8 p. Nor is
+    the new z exactly 0 where the compiler fuses its product into the sum.
+    """
+
+    def vanishes(x: Array, change: Array) -> Array:
+        return jnp.abs(x + change) <= 8 * jnp.finfo(x.dtype).eps * jnp.abs(x)
+
+    return jnp.where(vanishes(z, z_update) & vanishes(p, update), -p, update).astype(update.dtype)
 
 
 def _mapped(
