@@ -131,6 +131,7 @@ def main(
       out: Where the numbers go, with their environment.
     """
     console = Console()
+    console.width = max(console.width, 100)
     try:
         raw = data.load("cifar10", data_dir, train_size=40_000, eval_size=10_000)
     except data.DataError as error:

@@ -100,9 +100,8 @@ def load(
       DataError: If there is no such file, it is not as expected, or it has too few images.
     """
     if name == "digits":
-        bunch = load_digits()
-        x = bunch.images[..., None].astype(np.float32)
-        y = bunch.target.astype(np.int32)
+        x, y = map(np.asarray, load_digits(return_X_y=True))
+        x, y = x.reshape(-1, 8, 8, 1).astype(np.float32), y.astype(np.int32)
         n_train, n_eval = train_size or 1077, eval_size or 360
         _check_sizes(name, n_train, n_eval, available=len(y), parts=2)
         rest, test = _split(Split(x, y), n_eval, seed)
@@ -146,13 +145,13 @@ def standardize(dataset: Dataset, per: Literal["feature", "channel"]) -> Dataset
 def _split(split: Split, n: int, seed: int) -> tuple[Split, Split]:
     """All but `n` images, and `n` images."""
     try:
-        x_rest, x, y_rest, y = train_test_split(
-            split.x, split.y, test_size=n, random_state=seed, stratify=split.y
+        rest, chosen = train_test_split(
+            np.arange(len(split)), test_size=n, random_state=seed, stratify=split.y
         )
     except ValueError as error:
         msg = f"cannot take {n} of {len(split)} images and keep the shares of the classes: {error}"
         raise DataError(" ".join(msg.split())) from error
-    return Split(x_rest, y_rest), Split(x, y)
+    return Split(split.x[rest], split.y[rest]), Split(split.x[chosen], split.y[chosen])
 
 
 def _check_sizes(name: str, n_train: int, n_eval: int, available: int, parts: int) -> None:

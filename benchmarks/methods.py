@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
@@ -12,6 +12,9 @@ from benchmarks.models import Norm
 # One grid for all contestants, about three to a decade.
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 
+MethodName = Literal[
+    "sgd", "adam", "batchnorm", "layernorm", "bnp_sgd", "adam_z", "bnp_sgd_warm", "adam_z_warm"
+]
 Layers = Mapping[str, bnp_optax.Layer]
 
 
@@ -36,7 +39,7 @@ class Method:
     dashes: str
 
 
-METHODS: dict[str, Method] = {
+METHODS: dict[MethodName, Method] = {
     "sgd": Method(
         label="SGD",
         norm="none",
@@ -87,6 +90,26 @@ METHODS: dict[str, Method] = {
         ),
         needs_stats=True,
         color="#0072B2",
+        dashes="-",
+    ),
+    "bnp_sgd_warm": Method(
+        label="BNP warm + SGD",
+        norm="none",
+        make=lambda rate, layers: optax.chain(
+            bnp_optax.bnp_precondition(layers=layers, warm_start=True), optax.sgd(rate)
+        ),
+        needs_stats=True,
+        color="#CC79A7",
+        dashes="-",
+    ),
+    "adam_z_warm": Method(
+        label="Adam in z, warm",
+        norm="none",
+        make=lambda rate, layers: bnp_optax.in_zspace(
+            optax.adam(rate), bnp_optax.bnp(layers=layers, warm_start=True)
+        ),
+        needs_stats=True,
+        color="#F0E442",
         dashes="-",
     ),
 }

@@ -72,7 +72,7 @@ class CNN(nn.Module):
     """
 
     features: Sequence[int] = (8, 16)
-    strides: Sequence[int] = (1, 2)
+    strides: Sequence[int] = (2, 2)
     hidden: int = 32
     classes: int = 10
     norm: Norm = "none"
@@ -84,9 +84,7 @@ class CNN(nn.Module):
     ) -> Float[Array, "n classes"]:
         """Logits of `x`."""
         for width, stride in zip(self.features, self.strides, strict=True):
-            conv = nn.Conv(
-                width, (3, 3), strides=stride, conv_general_dilated=self.convolution
-            )
+            conv = nn.Conv(width, (3, 3), strides=stride, conv_general_dilated=self.convolution)
             x = Normalize(self.norm)(nn.relu(conv(x)), train)
         x = x.reshape(x.shape[0], -1)
         x = Normalize(self.norm)(nn.relu(nn.Dense(self.hidden)(x)), train)

@@ -300,7 +300,7 @@ def test_in_p_the_result_depends_on_the_scale_of_p(name):
 @pytest.mark.parametrize("make", [bnp_optax.gradient_regularization, bnp_optax.proximal_l1])
 def test_strength_below_zero(make):
     extra = {"learning_rate": 0.1} if make is bnp_optax.proximal_l1 else {}
-    with pytest.raises(ValueError, match="`strength` must be finite and >= 0, got -0.1"):
+    with pytest.raises(ValueError, match=r"`strength` must be finite and >= 0, got -0\.1"):
         make(-0.1, **extra)
 
 
@@ -321,7 +321,7 @@ def test_options_of_gradient_regularization(option, value, message):
     "tx", [bnp_optax.gradient_regularization(0.1), bnp_optax.zspace_grad_reg(0.1, ADAGRAD)]
 )
 def test_grad_fn_left_out(tx):
-    with pytest.raises(ValueError, match="Add it: `tx.update\\(grads, state, params, grad_fn="):
+    with pytest.raises(ValueError, match=r"Add it: `tx\.update\(grads, state, params, grad_fn="):
         update(tx)
     with pytest.raises(ValueError, match="needs `params`"):
         tx.update(tree(GRADIENT), tx.init(tree(POINT)), grad_fn=GRAD_FN)
