@@ -80,11 +80,9 @@ class LayerStats:
 def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """Mean and biased variance of `x` over `axes`, accurate where |mean| >> standard deviation.
 
-    The mean is summed from differences to the first entry and the variance from differences
-    to the mean, so no sum holds numbers much larger than the spread of the data.
+    In two passes: the variance is summed from differences to the mean, of the size of the spread.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    first = x[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(x.ndim))]
-    mean = first + jnp.mean(x - first, axis=axes, keepdims=True)
+    mean = jnp.mean(x, axis=axes, keepdims=True)
     var = jnp.mean((x - mean) ** 2, axis=axes)
     return jnp.squeeze(mean, axes).astype(jnp.float32), var.astype(jnp.float32)
