@@ -104,10 +104,12 @@ def test_variance_is_accurate_along_a_drift():
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("constant", [0.0, 0.1, 12345.678])
-def test_variance_of_constant_inputs_is_zero(constant, jit):
+def test_variance_of_constant_inputs_is_the_square_of_a_rounding_at_most(constant, jit):
+    """The mean of seven equal numbers may be their neighbor: far below the floors of `bnp`."""
     stats = capture(model_for(DENSE), np.full((7, 3), constant, np.float32), jit=jit)
-    np.testing.assert_array_equal(stats.var, 0.0)
-    np.testing.assert_array_equal(stats.total_variance, 0.0)
+    rounding = 2 * np.finfo(np.float32).eps * constant
+    assert (np.asarray(stats.var) <= rounding**2).all()
+    np.testing.assert_array_equal(stats.total_variance, stats.var)
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
