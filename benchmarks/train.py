@@ -1,0 +1,125 @@
+"""The parts of a training run: its start, its batches, one step of any method, its evaluation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+import bnp_optax
+from benchmarks.methods import Layers, Method
+
+_EVALUATION_CHUNK = 500
+
+
+class Carry(NamedTuple):
+    """What a training run carries from step to step.
+
+    Attributes:
+      params: Parameters of the network.
+      model_state: Its other collections, the running averages of batch normalization.
+      opt_state: State of the optimizer.
+    """
+
+    params: Any
+    model_state: Any
+    opt_state: Any
+
+
+def init_variables(model: nn.Module, x: Float[Array, "1 *d"], seeds: Sequence[int]) -> list[Any]:
+    """Initial variables of `model`, one per seed.
+
+    With the random generator that XLA brings along: it takes seconds to compile JAX's own.
+    """
+    init = jax.jit(model.init)
+    return [init(jax.random.key(seed, impl="rbg"), x) for seed in seeds]
+
+
+def batch_indices(
+    n: int, batch_size: int, steps: int, points: int, seed: int
+) -> Int[np.ndarray, "points steps_per_point batch_size"]:
+    """Which of `n` examples each step sees: whole epochs, each shuffled anew."""
+    rng = np.random.default_rng(seed)
+    epochs = -(-steps * batch_size // n)
+    order = np.concatenate([rng.permutation(n) for _ in range(epochs)]).astype(np.int32)
+    return order[: steps * batch_size].reshape(points, steps // points, batch_size)
+
+
+def make_loss(model: nn.Module) -> Callable[..., tuple[Array, Any]]:
+    """`loss(params, model_state, x, y) -> (mean cross-entropy, new model_state)`, training mode."""
+
+    def loss_fn(params: Any, model_state: Any, x: Array, y: Array) -> tuple[Array, Any]:
+        variables = {"params": params, **model_state}
+        logits, new_state = model.apply(variables, x, train=True, mutable=list(model_state))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return jnp.mean(losses), new_state
+
+    return loss_fn
+
+
+def find_layers(
+    model: nn.Module, method: Method, variables: Any, x: Array, y: Array
+) -> Layers | None:
+    """The layers that `method` preconditions on batches like (x, y); None if it does not."""
+    if not method.needs_stats:
+        return None
+    params, model_state = _split(variables)
+    return bnp_optax.find_layers(make_loss(model), params, model_state, x, y)
+
+
+def make_step(
+    model: nn.Module, method: Method, layers: Layers | None
+) -> Callable[[Any, Carry, Array, Array], tuple[Carry, Array]]:
+    """`step(rate, carry, x, y) -> (new carry, loss of the batch)`; `rate` may be traced."""
+    loss_fn = make_loss(model)
+
+    def gradient(*args: Any) -> tuple[Any, Any, dict[str, Any]]:
+        if method.needs_stats:
+            with_stats = bnp_optax.value_and_grad(loss_fn, has_aux=True, layers=layers)
+            value, grads, stats = with_stats(*args)
+            return value, grads, {"layer_stats": stats}
+        return *jax.value_and_grad(loss_fn, has_aux=True)(*args), {}
+
+    def step(rate: Any, carry: Carry, x: Array, y: Array) -> tuple[Carry, Array]:
+        params, model_state, opt_state = carry
+        (loss, model_state), grads, extra = gradient(params, model_state, x, y)
+        tx = optax.with_extra_args_support(method.make(rate, layers))
+        updates, opt_state = tx.update(grads, opt_state, params, **extra)
+        return Carry(optax.apply_updates(params, updates), model_state, opt_state), loss
+
+    return step
+
+
+def init_carry(method: Method, layers: Layers | None, variables: Any) -> Carry:
+    """The start of a run."""
+    params, model_state = _split(variables)
+    return Carry(params, model_state, method.make(1.0, layers).init(params))
+
+
+def evaluate(
+    model: nn.Module, carry: Carry, x: Float[Array, "n *d"], y: Int[Array, " n"]
+) -> tuple[Float[Array, " n"], Bool[Array, " n"]]:
+    """Cross-entropy of each example, and whether it is classified rightly; evaluation mode."""
+
+    def judge(x: Array, y: Array) -> tuple[Array, Array]:
+        logits: Any = model.apply({"params": carry.params, **carry.model_state}, x)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return losses, jnp.argmax(logits, axis=-1) == y
+
+    # The activations of many images at once, and of many runs, would fill the memory.
+    n_chunks = -(-len(y) // _EVALUATION_CHUNK)
+    if n_chunks == 1 or len(y) % n_chunks:
+        return judge(x, y)
+    chunks = (x.reshape(n_chunks, -1, *x.shape[1:]), y.reshape(n_chunks, -1))
+    losses, hits = lax.map(lambda chunk: judge(*chunk), chunks)
+    return losses.reshape(-1), hits.reshape(-1)
+
+
+def _split(variables: Any) -> tuple[Any, Any]:
+    model_state = dict(variables)
+    return model_state.pop("params"), model_state
