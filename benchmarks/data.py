@@ -180,6 +180,9 @@ def _read(name: str, data_dir: Path | None) -> tuple[Split, Split]:
         )
         raise DataError(msg)
     try:
+        if not zipfile.is_zipfile(path):
+            msg = "not a complete zip archive"
+            raise zipfile.BadZipFile(msg)
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in _KEYS}
     except _UNREADABLE as error:
