@@ -37,6 +37,10 @@ QUICK = Plan(
 )
 
 
+# Larger images: fewer steps, to end within a few minutes all the same.
+IMAGES = Plan(steps=1000)
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Compare optimizers with and without batch normalization preconditioning (BNP).
@@ -64,9 +68,8 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     args = sys.argv[1:] if argv is None else list(argv)
-    default = Options(plan=QUICK) if "--quick" in args else Options()
     try:
-        options = tyro.cli(Options, args=args, default=default)
+        options = _options(args)
         out = _output(options)
         data = load(options.dataset, options.data_dir, options.train_size, options.eval_size)
     except (DataError, ValueError) as error:
@@ -88,6 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     figure.save_figure(options.plan, outcome, title, out)
     console.print(f"\nFigure:  {out}\nNumbers: {out.with_suffix('.json')}", soft_wrap=True)
     return 0
+
+
+def _options(args: Sequence[str]) -> Options:
+    """What the command line says, over the defaults that fit what it says."""
+    first = tyro.cli(Options, args=args)
+    plan = QUICK if first.quick else IMAGES if first.dataset != "digits" else Plan()
+    return tyro.cli(Options, args=args, default=Options(plan=plan))
 
 
 def _output(options: Options) -> Path:
