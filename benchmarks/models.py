@@ -112,12 +112,12 @@ def convolve_patches(
       **options: The others of `lax.conv_general_dilated`, at their defaults.
 
     Raises:
-      NotImplementedError: For dilated or grouped convolutions.
+      ValueError: For dilated or grouped convolutions.
     """
     dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
     if any(d != 1 for d in dilations) or options.get("feature_group_count", 1) != 1:
         msg = "`convolve_patches` does neither dilation nor groups; use XLA's convolution."
-        raise NotImplementedError(msg)
+        raise ValueError(msg)
     rows, columns, _, out = kernel.shape
     if isinstance(padding, str):
         pads = lax.padtype_to_pads(inputs.shape[1:3], (rows, columns), strides, padding)
