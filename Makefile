@@ -9,7 +9,7 @@ demo: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.demo $(ARGS)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
