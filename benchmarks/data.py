@@ -99,17 +99,18 @@ def load(
     Raises:
       DataError: If there is no such file, it is not as expected, or it has too few images.
     """
+    n_train, n_eval = _sizes(
+        train_size, eval_size, (1077, 360) if name == "digits" else (5000, 500)
+    )
     if name == "digits":
         x, y = map(np.asarray, load_digits(return_X_y=True))
         x, y = x.reshape(-1, 8, 8, 1).astype(np.float32), y.astype(np.int32)
-        n_train, n_eval = train_size or 1077, eval_size or 360
-        _check_sizes(name, n_train, n_eval, available=len(y), parts=2)
+        _check_available(name, n_train, n_eval, available=len(y), parts=2)
         rest, test = _split(Split(x, y), n_eval, seed)
     else:
         train, test = _read(name, data_dir)
-        n_train, n_eval = train_size or 5000, eval_size or 500
-        _check_sizes(name, n_train, n_eval, available=len(train), parts=1)
-        _check_sizes(name, 0, n_eval, available=len(test), parts=1)
+        _check_available(name, n_train, n_eval, available=len(train), parts=1)
+        _check_available(name, 0, n_eval, available=len(test), parts=1)
         rest = train
         if n_eval < len(test):
             _, test = _split(test, n_eval, seed)
@@ -154,8 +155,19 @@ def _split(split: Split, n: int, seed: int) -> tuple[Split, Split]:
     return Split(split.x[rest], split.y[rest]), Split(split.x[chosen], split.y[chosen])
 
 
-def _check_sizes(name: str, n_train: int, n_eval: int, available: int, parts: int) -> None:
-    if min(n_train, n_eval) < 0 or n_train + parts * n_eval > available:
+def _sizes(
+    train_size: int | None, eval_size: int | None, default: tuple[int, int]
+) -> tuple[int, int]:
+    n_train = default[0] if train_size is None else train_size
+    n_eval = default[1] if eval_size is None else eval_size
+    if n_train <= 0 or n_eval <= 0:
+        msg = f"--train-size and --eval-size must be positive; got {n_train} and {n_eval}"
+        raise DataError(msg)
+    return n_train, n_eval
+
+
+def _check_available(name: str, n_train: int, n_eval: int, available: int, parts: int) -> None:
+    if n_train + parts * n_eval > available:
         msg = (
             f"{name} has {available} images to choose from, too few for {n_train} to train and "
             f"{parts} x {n_eval} to evaluate; choose smaller --train-size and --eval-size"
@@ -184,7 +196,7 @@ def _read(name: str, data_dir: Path | None) -> tuple[Split, Split]:
             msg = "not a complete zip archive"
             raise zipfile.BadZipFile(msg)
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in _KEYS}
+            arrays = {key: np.asanyarray(archive[key]) for key in _KEYS}
     except _UNREADABLE as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         msg = f"cannot read {path} as {_LAYOUT} ({reason}); replace the file"

@@ -11,6 +11,7 @@ are tuned on validation data, on the same grid for all.
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else list(argv)
     try:
         options = _options(args)
-        out = _output(options)
         data = load(options.dataset, options.data_dir, options.train_size, options.eval_size)
+        out = _output(options)
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -109,10 +110,12 @@ def _output(options: Options) -> Path:
         raise ValueError(msg)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.touch()
     except OSError as error:
-        msg = f"cannot write {out} ({error.strerror}); choose another --out"
+        msg = f"cannot make the folder of {out} ({error.strerror}); choose another --out"
         raise ValueError(msg) from error
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        msg = f"cannot write {out}; choose another --out"
+        raise ValueError(msg)
     return out
 
 

@@ -1,6 +1,7 @@
 """What a contest compares: networks, inputs, batch sizes, methods, and how long it trains them."""
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -59,7 +60,7 @@ class Plan:
         """Check the ranges.
 
         Raises:
-          ValueError: If a number is not positive, or there is nothing to compare.
+          ValueError: If a number is not positive and finite, or there is nothing to compare.
         """
         for name in ("models", "inputs", "batch_sizes", "methods", "rates"):
             if not getattr(self, name):
@@ -67,8 +68,9 @@ class Plan:
                 raise ValueError(msg)
         for name in ("batch_sizes", "rates", "hidden", "seeds", "steps", "points"):
             value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,), default=1) <= 0:
-                msg = f"`{name}` must be positive; got {value}"
+            values = value if isinstance(value, tuple) else (value,)
+            if not all(0 < number < math.inf for number in values):
+                msg = f"`{name}` must be positive and finite; got {value}"
                 raise ValueError(msg)
 
     def steps_at(self, batch_size: int) -> int:

@@ -23,7 +23,8 @@ NOTES = (
     " the grid's edge.",
     "loss  on a fixed part of the training split, at the last step; mean over {seeds} seeds.",
     "acc   on the test split; mean and standard deviation over seeds.",
-    "steps to the target: the loss that SGD, at its best rate, has at its last step; - if never.",
+    "steps to the loss in the block's first line, that of SGD, at its best rate, at the last step;"
+    " - if never.",
     "time  of a compiled step as a multiple of SGD's, interleaved: median of the ratios and their"
     " middle half.",
 )
@@ -110,9 +111,9 @@ def _table(plan: Plan, outcome: Outcome, settings: list[Setting]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for setting in settings:
         target = outcome.target(setting)
-        aim = "" if target is None else f", target {target:#.2g}"
+        aim = "" if target is None else f", to {target:#.2g}"
         steps = plan.steps_at(setting.batch_size)
-        table.add_row(f"[bold]{setting.batch_size}[/] ({steps} steps{aim})")
+        table.add_row(f"[bold]{setting.batch_size}[/], {steps} steps{aim}")
         for row in _rows(outcome, setting, target):
             table.add_row(*row)
         table.add_section()
