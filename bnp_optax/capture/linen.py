@@ -142,10 +142,11 @@ def discover(
       The layers by kernel name; why the other kernels are not covered; and those kernels on
       which the loss does not depend.
     """
-    kernels = {n: leaf for n, leaf in named_leaves(params).items() if is_named(n, KERNEL)}
+    leaves = named_leaves(params)
+    kernels = {name: leaf for name, leaf in leaves.items() if is_named(name, KERNEL)}
+    is_complex = {n: jnp.issubdtype(leaf.dtype, jnp.complexfloating) for n, leaf in kernels.items()}
     # Tokens make the traced tree new each time: a loss that is itself under `jax.jit` is traced
     # again and so seen by the interceptor. A marker is sliced as its kernel is.
-    is_complex = {n: jnp.issubdtype(leaf.dtype, jnp.complexfloating) for n, leaf in kernels.items()}
     tokens = {f"{next(_tokens)}": name for name in kernels}
     markers = {
         name: {token: jax.ShapeDtypeStruct(kernels[name].shape, jnp.float32)}
@@ -171,7 +172,7 @@ def discover(
             bias = sibling(name, BIAS)
             layer = Layer(
                 kernel=name,
-                bias=bias if bias in leaf_names else None,
+                bias=bias if bias in leaves else None,
                 kind=kind,
                 kernel_shape=shape,
                 stats_shape=jax.eval_shape(reading.moments)[0].shape,
@@ -185,7 +186,6 @@ def discover(
             )
         return outputs
 
-    leaf_names = named_leaves(params)
     marked = _beside_kernels(params, markers)
     dynamic, rebuild = _split_arrays((args, kwargs))
 
