@@ -33,6 +33,13 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(msg)
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise unless `value` is None or an integer > 0."""
+    if value is not None and not (isinstance(value, numbers.Integral) and value > 0):
+        msg = f"`{name}` must be an integer > 0 or None, got {value!r}."
+        raise ValueError(msg)
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:

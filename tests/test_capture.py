@@ -484,7 +484,7 @@ def test_a_kernel_whose_layer_never_runs_has_no_input_and_is_left_alone():
 def test_summary_says_why_a_kernel_is_not_covered(model, kernel, reason):
     x = SEQUENCES if isinstance(model, nn.ConvLocal | nn.Einsum) else ROWS
     params, loss_fn = make_loss(model, x)
-    summary = bnp_optax.summarize(lambda params: loss_fn(params, x)[0], params)
+    summary = bnp_optax.summarize(lambda params: loss_fn(params, x)[0], params, capture="linen")
     assert reason in summary.uncovered[kernel]
     assert kernel not in summary.layers
     assert f"no: {summary.uncovered[kernel]}" in str(summary)
@@ -493,7 +493,8 @@ def test_summary_says_why_a_kernel_is_not_covered(model, kernel, reason):
 def test_layers_stacked_along_another_axis_are_reported():
     model = vmapped_dense(axis=1)
     params, loss_fn = make_loss(model, SEQUENCES)
-    summary = bnp_optax.summarize(lambda params: loss_fn(params, SEQUENCES)[0], params)
+    loss_of = lambda params: loss_fn(params, SEQUENCES)[0]  # noqa: E731
+    summary = bnp_optax.summarize(loss_of, params, capture="linen")
     assert "stacked along axes (1,)" in summary.uncovered["kernel"]
 
 
@@ -504,7 +505,18 @@ def test_summary_of_a_convolution():
     assert layer.fan_in == 36
     assert layer.q_squared == 18.0  # max(36 / 2, sqrt(16))
     _, _, row, total = str(summary).splitlines()
-    assert row.split() == ["kernel", "Conv", "3x3x4x6", "36", "16", "18", "yes", "yes"]
+    assert row.split() == [
+        "kernel",
+        "Conv",
+        "3x3x4x6",
+        "36",
+        "16",
+        "18",
+        "yes",
+        "yes,",
+        "by",
+        "linen",
+    ]
     assert total == "1 of 1 kernels covered, 100.0% of their 216 entries."
 
 

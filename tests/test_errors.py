@@ -336,8 +336,14 @@ def test_weight_decay_needs_params(step: Step, name: str) -> None:
 
 @pytest.mark.parametrize("value", ["torch", None])
 def test_capture_of_no_known_kind(step: Step, value: Any) -> None:
-    with pytest.raises(ValueError, match=says("`capture` must be one of 'auto', 'linen'", "got")):
+    with pytest.raises(
+        ValueError, match=says("`capture` must be one of 'auto', 'linen', 'jaxpr'", "got")
+    ):
         bnp_optax.value_and_grad(step.loss_fn, capture=value)
+
+
+def squares(params: Any) -> jax.Array:
+    return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize(
@@ -347,22 +353,33 @@ def test_capture_of_no_known_kind(step: Step, value: Any) -> None:
         ({"d": {"kernel": jnp.ones((3, 3))}}, "`d/kernel`: no known layer class uses it"),
     ],
 )
-def test_loss_that_runs_no_layer(params: Any, found: str) -> None:
-    def loss_fn(params: Any) -> jax.Array:
-        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
-
+def test_loss_that_runs_no_linen_layer(params: Any, found: str) -> None:
     pattern = says(
-        "runs no Linen layer",
-        found,
-        "with the `params` that it is given",
+        "runs no Linen layer", found, "with the `params` that it is given", "`capture='jaxpr'`"
+    )
+    with pytest.raises(ValueError, match=pattern):
+        bnp_optax.value_and_grad(squares, capture="linen")(params)
+
+
+@pytest.mark.parametrize("name", ["w", "kernel"])
+def test_loss_without_a_product(name: str) -> None:
+    pattern = says(
+        "The loss multiplies no inputs with a parameter",
+        f"`{name}`: no product with inputs takes it as it is, but `integer_pow`",
+        "from the `params` that it is given",
         "`jax.value_and_grad` if there is nothing to precondition",
     )
     with pytest.raises(ValueError, match=pattern):
-        bnp_optax.value_and_grad(loss_fn)(params)
+        bnp_optax.value_and_grad(squares)({name: jnp.ones((3, 3))})
+
+
+def test_loss_without_parameters() -> None:
+    with pytest.raises(ValueError, match="there are no parameters"):
+        bnp_optax.value_and_grad(lambda params, x: jnp.sum(x))({}, jnp.ones(3))
 
 
 def test_loss_that_ignores_the_params_it_is_given(step: Step) -> None:
-    pattern = says("runs no Linen layer", f"`{FIRST}`: the loss does not depend on it")
+    pattern = says("multiplies no inputs", f"`{FIRST}`: the loss does not depend on it")
     with pytest.raises(ValueError, match=pattern):
         bnp_optax.value_and_grad(lambda params: step.loss_fn(step.params))(step.params)
 

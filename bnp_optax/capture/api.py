@@ -8,17 +8,84 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from bnp_optax._checks import check_choice
-from bnp_optax._tree import BIAS, KERNEL, is_named, named_leaves, quoted, sibling
-from bnp_optax.capture import linen
-from bnp_optax.capture.layer import Layer
+from bnp_optax._checks import check_choice, check_count
+from bnp_optax._tree import BIAS, KERNEL, is_named, named_leaves, quoted
+from bnp_optax.capture import jaxpr, linen
+from bnp_optax.capture.layer import Layer, idle_statistics
+from bnp_optax.capture.reading import ConvStatistics, Options
 from bnp_optax.statistics import LayerStats
 
-Capture = Literal["auto", "linen"]
+Capture = Literal["auto", "linen", "jaxpr"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Discovery:
+    """What an abstract trace of a loss tells.
+
+    Attributes:
+      layers: The covered layers.
+      reasons: Why other leaves are not covered.
+      unused: Those on which the loss does not depend.
+    """
+
+    layers: dict[str, Layer]
+    reasons: dict[str, str]
+    unused: list[str]
+
+
+def _options(capture: Capture, conv_statistics: ConvStatistics, sample_rows: int | None) -> Options:
+    check_choice("capture", capture, ("auto", "linen", "jaxpr"))
+    check_choice("conv_statistics", conv_statistics, ("channel", "patch"))
+    check_count("sample_rows", sample_rows)
+    if capture == "linen" and conv_statistics == "patch":
+        msg = (
+            "`conv_statistics='patch'` needs `capture='jaxpr'` or `'auto'`: the Linen engine sees "
+            "a layer's inputs, but not its window."
+        )
+        raise ValueError(msg)
+    return Options(conv_statistics, sample_rows)
+
+
+def _by_linen(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    capture: Capture,
+    options: Options,
+) -> _Discovery | None:
+    """What the Linen engine finds, or None if the loss is for the other engine."""
+    may_be_linen = capture == "linen" or (
+        options.conv_statistics == "channel" and linen.has_kernels(params)
+    )
+    if capture == "jaxpr" or not may_be_linen:
+        return None
+    found = _Discovery(*linen.discover(loss_fn, params, args, kwargs, options))
+    return found if found.layers or capture == "linen" else None
+
+
+def _discover(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    capture: Capture,
+    options: Options,
+) -> _Discovery:
+    found = _by_linen(loss_fn, params, args, kwargs, capture, options)
+    if found is not None:
+        return found
+    traced = jaxpr.find(loss_fn, params, args, kwargs, options)
+    return _Discovery(jaxpr.layers(traced), traced.reasons, traced.unused)
 
 
 def find_layers(
-    loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
+    loss_fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    capture: Capture = "auto",
+    conv_statistics: ConvStatistics = "channel",
+    **kwargs: Any,
 ) -> dict[str, Layer]:
     """The layers whose input statistics can be captured, found by an abstract trace (no FLOPs).
 
@@ -26,9 +93,11 @@ def find_layers(
     give the optimizer its final shapes before the first step.
 
     Args:
-      loss_fn: A loss that calls a Linen model, `loss_fn(params, *args, **kwargs)`.
+      loss_fn: A loss, `loss_fn(params, *args, **kwargs)`.
       params: The parameters, arrays or `jax.ShapeDtypeStruct`s.
       *args: Further arguments, likewise.
+      capture: As in `value_and_grad`.
+      conv_statistics: As in `value_and_grad`; it decides the statistics' shapes.
       **kwargs: Further keyword arguments.
 
     Returns:
@@ -45,8 +114,8 @@ def find_layers(
       >>> {name: (layer.kind, layer.fan_in) for name, layer in layers.items()}
       {'layers_0/kernel': ('Dense', 3), 'layers_2/kernel': ('Dense', 8)}
     """
-    layers, _, _ = linen.discover(loss_fn, params, args, kwargs)
-    return layers
+    options = _options(capture, conv_statistics, None)
+    return _discover(loss_fn, params, args, kwargs, capture, options).layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +145,8 @@ class Summary:
                 bias = "yes" if layer.bias else "no"
                 fan_in, q_squared = str(layer.fan_in), f"{layer.q_squared:.4g}"
                 positions = str(layer.positions)
-                rows.append((name, layer.kind, text, fan_in, positions, q_squared, bias, "yes"))
+                facts = (layer.kind, text, fan_in, positions, q_squared, bias)
+                rows.append((name, *facts, f"yes, by {layer.engine}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -93,16 +163,23 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarize(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Summary:
+def summarize(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    capture: Capture = "auto",
+    **kwargs: Any,
+) -> Summary:
     """What is preconditioned and what is not, and why: print the result.
 
-    Lists every floating-point leaf with two or more axes that is not named `bias`. q² is that of
-    one call of the layer on these arguments.
+    Lists every floating-point leaf that is covered or has two or more axes, but for biases. q² is
+    that of one call of the layer on these arguments.
 
     Args:
       loss_fn: As for `find_layers`.
       params: As for `find_layers`.
       *args: Further arguments of the loss.
+      capture: As in `value_and_grad`.
       **kwargs: Further keyword arguments of the loss.
 
     Example:
@@ -116,17 +193,22 @@ def summarize(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: An
       kernel              layer  shape  fan-in  positions  q²  bias  covered
       ------------------  -----  -----  ------  ---------  --  ----  ---------------------------
       layers_0/embedding         10x4                                no: not a kernel of a layer
-      layers_1/kernel     Dense  4x2    4       1          1   yes   yes
+      layers_1/kernel     Dense  4x2    4       1          1   yes   yes, by linen
       1 of 2 kernels covered, 16.7% of their 48 entries.
     """
-    layers, reasons, _ = linen.discover(loss_fn, params, args, kwargs)
+    options = _options(capture, "channel", None)
+    found = _discover(loss_fn, params, args, kwargs, capture, options)
+    layers = found.layers
+    biases = {layer.bias for layer in layers.values()}
     shapes = {
         name: tuple(leaf.shape)
         for name, leaf in named_leaves(params).items()
-        if name in layers or _may_be_kernel(name, leaf)
+        if name in layers or (name not in biases and _may_be_kernel(name, leaf))
     }
     uncovered = {
-        name: reasons.get(name, "not a kernel of a layer") for name in shapes if name not in layers
+        name: found.reasons.get(name, "not a kernel of a layer")
+        for name in shapes
+        if name not in layers
     }
     return Summary(layers, uncovered, shapes)
 
@@ -136,44 +218,43 @@ def _may_be_kernel(name: str, leaf: Any) -> bool:
     return is_matrix and not is_named(name, BIAS)
 
 
-def _idle_stats(name: str, params: dict[str, Any]) -> LayerStats:
-    """Statistics of a layer that never runs: of no input at all."""
-    kernel, bias = params[name], sibling(name, BIAS)
-    shape = (*kernel.shape[:-1], 1)
-    zeros = jnp.zeros(shape, jnp.float32)
-    return LayerStats(
-        mean=zeros,
-        var=zeros,
-        sq_mean=zeros,
-        count=jnp.zeros((), jnp.float32),
-        kernel=name,
-        bias=bias if bias in params else None,
-        input_axes=tuple(range(-kernel.ndim, -1)),
-        positions=1,
-    )
-
-
 def value_and_grad(
     loss_fn: Callable[..., Any],
     has_aux: bool = False,
     layers: Mapping[str, Layer] | None = None,
     capture: Capture = "auto",
+    *,
+    conv_statistics: ConvStatistics = "channel",
+    sample_rows: int | None = None,
 ) -> Callable[..., tuple[Any, Any, dict[str, LayerStats]]]:
     """`jax.value_and_grad` that also returns the statistics of every layer's inputs.
 
-    The network is run once and is not changed. During the pass the loss sees, beside each kernel,
-    a leaf of zeros more than `params` has; the value and the gradient are those that
+    The network is run once and is not changed. The value and the gradient are those that
     `jax.value_and_grad` gives.
+
+    There are two engines. `'linen'` captures by Flax's interceptors; while it is differentiated,
+    the loss sees beside each kernel a leaf of zeros more than `params` has. `'jaxpr'` works for
+    any JAX code (NNX, Equinox, Haiku, functions of arrays): it finds the products that parameters
+    enter in what the loss is traced to, through `jit`, `checkpoint`, `scan`, `cond`, `vmap`,
+    `shard_map`, and functions with derivatives of their own. `'auto'` takes Linen's where the loss
+    runs Linen layers, else the other.
 
     Use it under `jax.jit`. Under data parallelism with explicit collectives, average the
     statistics like the gradients: `jax.lax.pmean(stats, axis_name)`.
 
     Args:
-      loss_fn: A loss that calls a Linen model, `loss_fn(params, *args, **kwargs)`; returns a
-        scalar, or `(scalar, aux)` with `has_aux`.
+      loss_fn: The loss, `loss_fn(params, *args, **kwargs)`; returns a scalar, or
+        `(scalar, aux)` with `has_aux`.
       has_aux: As in `jax.value_and_grad`.
       layers: The layers to capture, from `find_layers`; None finds all of them at trace time.
-      capture: `'linen'`, by Flax's interceptors; `'auto'` chooses.
+      capture: `'linen'`, `'jaxpr'`, or `'auto'`.
+      conv_statistics: Of convolutions: `'channel'` takes the moments of each channel of the
+        feature map, (21) and (22) of the JMLR paper; `'patch'` those of the entries that each
+        kernel entry meets, zeros of the padding included, (19) and (20), by the jaxpr engine.
+        They differ at the map's border only (Proposition 10).
+      sample_rows: Take the statistics from this many rows of the batch (examples, positions of a
+        sequence, pixels), spread evenly and always the same; None for all. `count` stays that
+        of the whole batch.
 
     Returns:
       A function of `(params, *args, **kwargs)` that returns `(loss, grads, stats)`; `loss` is
@@ -181,7 +262,8 @@ def value_and_grad(
       that exists but never runs has statistics with `count == 0`.
 
     Raises:
-      ValueError: If no layer is found, or `layers` names one that `params` has not.
+      ValueError: If no layer is found, `layers` names one that `params` has not, or an option
+        is not one of those above.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -195,38 +277,61 @@ def value_and_grad(
       (['kernel'], (3, 1))
       >>> bool(jnp.allclose(loss, loss_fn(params, x)))
       True
+
+      Without a framework, each product with a parameter is a layer:
+
+      >>> loss_fn = lambda p, x: jnp.mean((jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"]) ** 2)
+      >>> params = {"w1": jnp.ones((3, 2)), "b1": jnp.zeros(2), "w2": jnp.ones((2, 1))}
+      >>> loss, grads, stats = jax.jit(bnp_optax.value_and_grad(loss_fn))(params, x)
+      >>> {name: (s.bias, s.mean.shape) for name, s in stats.items()}
+      {'w1': ('b1', (3, 1)), 'w2': (None, (2, 1))}
     """
-    check_choice("capture", capture, ("auto", "linen"))
+    options = _options(capture, conv_statistics, sample_rows)
 
     @functools.wraps(loss_fn)
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, LayerStats]]:
         leaves = named_leaves(params)
-        unused: list[str] = []
-        if layers is None:
-            chosen, reasons, unused = linen.discover(loss_fn, params, args, kwargs)
-            if not chosen:
-                kernels = [f"`{name}`: {reason}" for name, reason in reasons.items()]
-                found = "; ".join(kernels) or f"no leaf is named `{KERNEL}`"
-                msg = (
-                    f"The loss runs no Linen layer whose inputs could be captured ({found}). Call "
-                    "a `flax.linen` model in the loss with the `params` that it is given, or use "
-                    "`jax.value_and_grad` if there is nothing to precondition."
-                )
-                raise ValueError(msg)
+        chosen, unused = None if layers is None else dict(layers), []
+        if chosen is not None:
+            _check_layers(chosen, leaves)
+        if chosen and capture == "auto":
+            by_linen = all(layer.engine == "linen" for layer in chosen.values())
+        elif chosen:
+            by_linen = capture == "linen"
         else:
-            chosen = dict(layers)
-        _check_layers(chosen, leaves)
-        value, grads, stats = linen.value_and_grad(loss_fn, chosen, params, args, kwargs, has_aux)
-        return value, grads, stats | {name: _idle_stats(name, leaves) for name in unused}
+            found = _by_linen(loss_fn, params, args, kwargs, capture, options)
+            by_linen = found is not None
+            if found is not None:
+                chosen, unused = found.layers, found.unused
+                _check_any(found, leaves)
+        if by_linen:
+            value, grads, stats = linen.value_and_grad(
+                loss_fn, chosen or {}, params, args, kwargs, has_aux, options
+            )
+            return value, grads, stats | {name: idle_statistics(name, leaves) for name in unused}
+        return jaxpr.value_and_grad(loss_fn, chosen, params, args, kwargs, has_aux, options)
 
     return wrapped
+
+
+def _check_any(found: _Discovery, leaves: Mapping[str, Any]) -> None:
+    """Raise if the Linen engine, asked for by name, finds nothing."""
+    if found.layers:
+        return
+    kernels = "; ".join(f"`{name}`: {reason}" for name, reason in found.reasons.items())
+    msg = (
+        "The loss runs no Linen layer whose inputs could be captured "
+        f"({kernels or f'no leaf is named `{KERNEL}`'}). Call a `flax.linen` model in the loss "
+        "with the `params` that it is given, or capture with `capture='jaxpr'`."
+    )
+    raise ValueError(msg)
 
 
 def _check_layers(layers: Mapping[str, Layer], leaves: Mapping[str, Any]) -> None:
     for name, layer in layers.items():
         shape = tuple(leaves[name].shape) if name in leaves else None
         if shape != layer.kernel_shape:
-            kernels = [leaf for leaf in leaves if is_named(leaf, KERNEL)]
+            kernels = [leaf for leaf in leaves if is_named(leaf, KERNEL)] or list(leaves)
             msg = (
                 f"`layers` has `{name}` of shape {layer.kernel_shape}, but `params` has "
                 f"{'no such leaf' if shape is None else f'it with shape {shape}'}. The kernels "

@@ -2,6 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bnp_optax._tree import BIAS, sibling
+from bnp_optax.statistics import LayerStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +27,7 @@ class Layer:
       input_axes: Axes of the kernel that are summed over, negative.
       positions: Output positions that share the kernel; 1 for dense layers.
       count: Batch size x output positions of one call, as traced.
+      engine: What captures its statistics, `'linen'` or `'jaxpr'`.
     """
 
     kernel: str
@@ -29,6 +39,7 @@ class Layer:
     input_axes: tuple[int, ...]
     positions: int
     count: int
+    engine: str
 
     @property
     def fan_in(self) -> int:
@@ -40,3 +51,50 @@ class Layer:
         """q^2 = max(fan_in / N, sqrt(positions)) of Alg. 2 and 3, N being that of one call."""
         batch_size = self.count / self.positions
         return max(self.fan_in / batch_size, math.sqrt(self.positions)) if batch_size else 1.0
+
+
+def statistics(
+    mean: jax.Array, var: jax.Array, sq_mean: jax.Array | None, count: jax.Array, **static: Any
+) -> LayerStats:
+    """`LayerStats` of measured moments; without `sq_mean`, they are of a single batch."""
+    # `sq_mean - mean**2` must not be positive by rounding, however it is evaluated (fused, say).
+    # So the compiler must not compute the mean twice, and the square goes down.
+    mean = lax.optimization_barrier(mean)
+    square = jnp.nextafter(mean**2, jnp.zeros_like(mean))
+    return LayerStats(
+        mean=mean,
+        var=var,
+        sq_mean=square if sq_mean is None else sq_mean,
+        count=count,
+        **static,
+    )
+
+
+def idle_statistics(name: str, params: dict[str, Any]) -> LayerStats:
+    """Statistics of a layer that never runs: of no input at all."""
+    kernel, bias = params[name], sibling(name, BIAS)
+    zeros = jnp.zeros((*kernel.shape[:-1], 1), jnp.float32)
+    return LayerStats(
+        mean=zeros,
+        var=zeros,
+        sq_mean=zeros,
+        count=jnp.zeros((), jnp.float32),
+        kernel=name,
+        bias=bias if bias in params else None,
+        input_axes=tuple(range(-kernel.ndim, -1)),
+        positions=1,
+    )
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The JAX arrays of `tree`, and a function that puts others in their place."""
+    leaves, treedef = jax.tree.flatten(tree)
+    is_array = [isinstance(x, jax.Array | jax.ShapeDtypeStruct) for x in leaves]
+
+    def rebuild(arrays: list[Any]) -> Any:
+        rest: Iterator[Any] = iter(arrays)
+        return treedef.unflatten(
+            [next(rest) if array else x for x, array in zip(leaves, is_array, strict=True)]
+        )
+
+    return [x for x, array in zip(leaves, is_array, strict=True) if array], rebuild

@@ -15,12 +15,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax import lax
 from jax.tree_util import DictKey, KeyPath
 
 from bnp_optax._tree import BIAS, KERNEL, is_named, named_leaves, path_name, sibling
-from bnp_optax.capture.layer import Layer
-from bnp_optax.capture.linen_layers import NotCovered, Reading, read
+from bnp_optax.capture.layer import Layer, split_arrays, statistics
+from bnp_optax.capture.linen_layers import read
+from bnp_optax.capture.reading import NotCovered, Options, Reading
 from bnp_optax.capture.usage import is_used
 from bnp_optax.statistics import LayerStats
 
@@ -43,7 +45,8 @@ def _explained() -> Iterator[None]:
             error.add_note(
                 f"While it is differentiated, the loss sees a leaf `{PROBE}` of zeros beside each "
                 "kernel of `params`. If it compares `params` with another tree, drop the leaves "
-                "of that name first, or take that part of the gradient by `jax.grad`."
+                "of that name first, take that part of the gradient by `jax.grad`, or capture with "
+                "`capture='jaxpr'`, which adds no leaves."
             )
         raise
 
@@ -70,6 +73,12 @@ def _tap_bwd(sums: Probe, cotangent: jax.Array) -> tuple[jax.Array, None, Probe]
 _tap.defvjp(_tap_fwd, _tap_bwd)
 
 
+def has_kernels(params: Any) -> bool:
+    """Whether `params` could be those of Linen layers: dicts with leaves named as Flax does."""
+    paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+    return any(path and path[-1] == DictKey(KERNEL) for path in paths)
+
+
 def _beside_kernels(node: Any, extra: Mapping[str, Any], path: KeyPath = ()) -> Any:
     """`node` with `extra[name]` under the key `PROBE` beside each kernel of that name."""
     new = jax.tree.map_with_path(
@@ -77,14 +86,14 @@ def _beside_kernels(node: Any, extra: Mapping[str, Any], path: KeyPath = ()) -> 
         node,
         is_leaf=lambda child: child is not node,
     )
-    if isinstance(node, Mapping) and KERNEL in node:
+    if isinstance(node, dict | FrozenDict) and KERNEL in node:
         name = path_name((*path, DictKey(KERNEL)))
         if name in extra:
             new = type(new)({**new, PROBE: extra[name]})
     return new
 
 
-def _interceptor(visit: Visit) -> Callable[..., Any]:
+def _interceptor(visit: Visit, options: Options) -> Callable[..., Any]:
     """Call `visit(probe, reading, layer class, outputs)` when a module that holds one runs."""
     reparametrized: list[str] = []
 
@@ -107,7 +116,7 @@ def _interceptor(visit: Visit) -> Callable[..., Any]:
             if reparametrized:
                 msg = f"its kernel is reparametrized by `{reparametrized[-1]}`"
                 raise NotCovered(msg)
-            reading = read(module, context.orig_method, args, kwargs, outputs)
+            reading = read(module, context.orig_method, args, kwargs, outputs, options)
         except NotCovered as reason:
             reading = reason
         probe = module.get_variable("params", PROBE)
@@ -134,7 +143,11 @@ def _stacked_shape(layer: Layer, local: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def discover(
-    loss_fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    loss_fn: Callable[..., Any],
+    params: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Options,
 ) -> tuple[dict[str, Layer], dict[str, str], list[str]]:
     """Trace the loss abstractly; what ran over each kernel.
 
@@ -180,6 +193,7 @@ def discover(
                 input_axes=reading.input_axes,
                 positions=reading.positions,
                 count=max(reading.count, layers[name].count if name in layers else 0),
+                engine="linen",
             )
             layers[name] = dataclasses.replace(
                 layer, stats_shape=_stacked_shape(layer, layer.stats_shape)
@@ -187,11 +201,11 @@ def discover(
         return outputs
 
     marked = _beside_kernels(params, markers)
-    dynamic, rebuild = _split_arrays((args, kwargs))
+    dynamic, rebuild = split_arrays((args, kwargs))
 
     def traced(params: Any, dynamic: list[Any]) -> Any:
         args, kwargs = rebuild(dynamic)
-        with nn.intercept_methods(_interceptor(record)):
+        with nn.intercept_methods(_interceptor(record, options)):
             return loss_fn(params, *args, **kwargs)
 
     with _explained():
@@ -204,20 +218,6 @@ def discover(
         elif name not in layers:
             reasons.setdefault(name, "no known layer class uses it")
     return layers, {n: reason for n, reason in reasons.items() if n not in layers}, unused
-
-
-def _split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The JAX arrays of `tree`, and a function that puts others in their place."""
-    leaves, treedef = jax.tree.flatten(tree)
-    is_array = [isinstance(x, jax.Array | jax.ShapeDtypeStruct) for x in leaves]
-
-    def rebuild(arrays: list[Any]) -> Any:
-        rest: Iterator[Any] = iter(arrays)
-        return treedef.unflatten(
-            [next(rest) if array else x for x, array in zip(leaves, is_array, strict=True)]
-        )
-
-    return [x for x, array in zip(leaves, is_array, strict=True) if array], rebuild
 
 
 def _sums(reading: Reading) -> Probe:
@@ -244,20 +244,19 @@ def _zero_probe(layer: Layer) -> Probe:
 def _finalize(layer: Layer, sums: Probe) -> LayerStats:
     """From sums over calls to statistics."""
     count = jnp.maximum(sums["count"], 1.0)
-    # For one call, `sq_mean - mean**2` must not be positive by rounding, however it is evaluated
-    # (fused, say). So the compiler must not compute the mean twice, and the square goes down.
     mean = lax.optimization_barrier(sums["mean"] / count)
-    square = jnp.nextafter(mean**2, jnp.zeros_like(mean))
-    return LayerStats(
-        mean=mean,
-        var=sums["var"] / count,
-        sq_mean=jnp.where(sums["calls"] <= 1.0, square, sums["sq_mean"] / count),
-        count=jnp.max(sums["count"]),
+    stats = statistics(
+        mean,
+        sums["var"] / count,
+        None,
+        jnp.max(sums["count"]),
         kernel=layer.kernel,
         bias=layer.bias,
         input_axes=layer.input_axes,
         positions=layer.positions,
     )
+    sq_mean = jnp.where(sums["calls"] <= 1.0, stats.sq_mean, sums["sq_mean"] / count)
+    return dataclasses.replace(stats, sq_mean=sq_mean)
 
 
 def _tap_outputs(probe: Any, reading: Reading | NotCovered, kind: str, outputs: Any) -> Any:
@@ -275,12 +274,13 @@ def value_and_grad(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     has_aux: bool,
+    options: Options,
 ) -> tuple[Any, Any, dict[str, LayerStats]]:
     """Value, gradient and the statistics of `layers`."""
 
     def probed(params: Any, probes: dict[str, Probe]) -> Any:
         # Inside the function under `jax.jit`, whose cache does not know of interceptors.
-        with nn.intercept_methods(_interceptor(_tap_outputs)):
+        with nn.intercept_methods(_interceptor(_tap_outputs, options)):
             return loss_fn(_beside_kernels(params, probes), *args, **kwargs)
 
     probes = {name: _zero_probe(layer) for name, layer in layers.items()}

@@ -11,67 +11,17 @@ import jax
 import jax.numpy as jnp
 from flax.linen import recurrent
 
-from bnp_optax.statistics import moments
+from bnp_optax.capture.reading import NotCovered, Options, Reading, contraction, convolution
 
 
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """One call of a layer, as far as its kernel is concerned.
-
-    Attributes:
-      inputs: What the kernel multiplies.
-      reduce_axes: Axes of `inputs` that the statistics average over.
-      arrange: Brings statistics, of `inputs` without `reduce_axes`, into the kernel's layout.
-      input_axes: Axes of the kernel that are summed over, negative.
-      positions: Output positions that share the kernel.
-      count: Batch size x positions.
-    """
-
-    inputs: jax.Array
-    reduce_axes: tuple[int, ...]
-    arrange: Callable[[jax.Array], jax.Array]
-    input_axes: tuple[int, ...]
-    positions: int
-    count: int
-
-    def moments(self) -> tuple[jax.Array, jax.Array]:
-        """Mean and variance of the inputs in the kernel's layout."""
-        mean, var = moments(self.inputs, self.reduce_axes)
-        return self.arrange(mean), self.arrange(var)
-
-
-class NotCovered(Exception):  # noqa: N818 - a result of looking at a layer, not a failure
-    """A layer whose kernel cannot be preconditioned; the message says why."""
-
-
-def _contraction(
-    inputs: jax.Array, axis_of: tuple[int | None, ...], contracted: set[int]
-) -> Reading:
-    """A product in which kernel axis i meets input axis `axis_of[i]`, or none of them."""
-    met = tuple(axis for axis in axis_of if axis is not None)
-    reduce_axes = tuple(axis for axis in range(inputs.ndim) if axis not in met)
-    order = tuple(sorted(met).index(axis) for axis in met)
-    new_axes = tuple(i for i, axis in enumerate(axis_of) if axis is None)
-
-    def arrange(stat: jax.Array) -> jax.Array:
-        return jnp.expand_dims(jnp.transpose(stat, order), new_axes)
-
-    return Reading(
-        inputs=inputs,
-        reduce_axes=reduce_axes,
-        arrange=arrange,
-        input_axes=tuple(i - len(axis_of) for i, axis in enumerate(axis_of) if axis in contracted),
-        positions=1,
-        count=math.prod(inputs.shape[axis] for axis in reduce_axes),
-    )
-
-
-def _dense(module: nn.Module, outputs: Any, inputs: jax.Array) -> Reading:
+def _dense(module: nn.Module, outputs: Any, options: Options, inputs: jax.Array) -> Reading:
     last = inputs.ndim - 1
-    return _contraction(inputs, (last, None), {last})
+    return contraction(inputs, (last, None), {last}, options)
 
 
-def _dense_general(module: nn.DenseGeneral, outputs: Any, inputs: jax.Array) -> Reading:
+def _dense_general(
+    module: nn.DenseGeneral, outputs: Any, options: Options, inputs: jax.Array
+) -> Reading:
     def normalized(axes: Any) -> tuple[int, ...]:
         axes = (axes,) if isinstance(axes, int) else tuple(axes)
         return tuple(
@@ -80,11 +30,15 @@ def _dense_general(module: nn.DenseGeneral, outputs: Any, inputs: jax.Array) -> 
 
     axis, batch = normalized(module.axis), normalized(module.batch_dims)
     n_features = 1 if isinstance(module.features, int) else len(module.features)
-    return _contraction(inputs, (*batch, *axis, *(None,) * n_features), set(axis))
+    return contraction(inputs, (*batch, *axis, *(None,) * n_features), set(axis), options)
 
 
 def _einsum(
-    module: nn.Einsum, outputs: Any, inputs: jax.Array, einsum_str: str | None = None
+    module: nn.Einsum,
+    outputs: Any,
+    options: Options,
+    inputs: jax.Array,
+    einsum_str: str | None = None,
 ) -> Reading:
     equation = (einsum_str or module.einsum_str or "").replace(" ", "")
     operands, result = equation.split("->")
@@ -107,33 +61,27 @@ def _einsum(
         raise NotCovered(msg)
     axis_of = tuple(left.index(label) if label in left else None for label in right)
     contracted = {left.index(label) for label in right if label in left and label not in result}
-    return _contraction(inputs, axis_of, contracted)
+    return contraction(inputs, axis_of, contracted, options)
 
 
-def _convolution(module: nn.Conv | nn.ConvTranspose, outputs: Any, inputs: jax.Array) -> Reading:
-    """(21) and (22): moments of the feature map, one per input channel."""
+def _convolution(
+    module: nn.Conv | nn.ConvTranspose, outputs: Any, options: Options, inputs: jax.Array
+) -> Reading:
     n_spatial = 1 if isinstance(module.kernel_size, int) else len(module.kernel_size)
     n_batch = inputs.ndim - n_spatial - 1
-    features, groups = module.features, getattr(module, "feature_group_count", 1)
-    kernel_ndim = n_spatial + 2
-    transposed = getattr(module, "transpose_kernel", False)
-
-    def arrange(stat: jax.Array) -> jax.Array:
-        # Output channels come group by group, and each meets the input channels of its group.
-        by_group = stat.reshape(groups, -1).T
-        per_output = by_group if groups == 1 else jnp.repeat(by_group, features // groups, axis=1)
-        stat = per_output.T if transposed else per_output
-        return jnp.expand_dims(stat, tuple(range(n_spatial)))
-
-    spatial = tuple(range(-kernel_ndim, -2))
+    groups = getattr(module, "feature_group_count", 1)
+    flat = jnp.reshape(inputs, (-1, *inputs.shape[n_batch:]))
     positions = math.prod(outputs.shape[n_batch:-1])
-    return Reading(
-        inputs=inputs,
-        reduce_axes=tuple(range(inputs.ndim - 1)),
-        arrange=arrange,
-        input_axes=(*spatial, -1 if transposed else -2),
-        positions=positions,
-        count=math.prod(inputs.shape[:n_batch]) * positions,
+    reading = convolution(flat, positions, module.features, groups, options)
+    if not getattr(module, "transpose_kernel", False):
+        return reading
+
+    def transposed() -> tuple[jax.Array, jax.Array]:
+        mean, var = reading.moments()
+        return jnp.swapaxes(mean, -1, -2), jnp.swapaxes(var, -1, -2)
+
+    return dataclasses.replace(
+        reading, moments=transposed, input_axes=(*reading.input_axes[:-1], -1)
     )
 
 
@@ -160,6 +108,7 @@ def read(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     outputs: Any,
+    options: Options,
 ) -> Reading:
     """How a call that returned `outputs` met the kernel of `module`.
 
@@ -176,4 +125,4 @@ def read(
         raise NotCovered(msg)
     kwargs = dict(kwargs)
     inputs, *rest = args or (kwargs.pop("inputs"),)
-    return reader(module, outputs, jnp.asarray(inputs), *rest, **kwargs)
+    return reader(module, outputs, options, jnp.asarray(inputs), *rest, **kwargs)

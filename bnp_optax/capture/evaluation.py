@@ -1,0 +1,301 @@
+"""Evaluate a jaxpr as it is, and measure the inputs of its products on the way."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import primitives as prims
+from jax.sharding import PartitionSpec, Sharding
+
+from bnp_optax.capture import views
+from bnp_optax.capture.plan import Plan, Use, is_remat
+from bnp_optax.capture.views import Measure
+
+Measures = list[Measure]
+
+
+def evaluate(
+    plan: Plan, wanted: Collection[Use], args: Sequence[Any]
+) -> tuple[list[Any], dict[Use, Measure]]:
+    """The outputs of a jaxpr, and the measurements `wanted`, in their parameters' layouts.
+
+    Equations are left to JAX, all but the calls that something is measured in. These are called
+    again with the same options, as functions that return the measurements too.
+    """
+    jaxpr = plan.jaxpr
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, plan.consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else env[atom]
+
+    by_equation: dict[int, list[Use]] = {}
+    for use in wanted:
+        by_equation.setdefault(use.eqn, []).append(use)
+    calls = sorted(
+        index for index, uses in by_equation.items() if any(use.inner is not None for use in uses)
+    )
+    last_use = _last_use(plan, wanted)
+    measures: dict[Use, Measure] = {}
+    start = 0
+    for stop in (*calls, len(jaxpr.eqns)):
+        _run(jaxpr, slice(start, stop), last_use, env)
+        if stop < len(jaxpr.eqns):
+            eqn = jaxpr.eqns[stop]
+            inner = list(dict.fromkeys(use.inner for use in by_equation[stop] if use.inner))
+            outs, found = _call(plan, stop, inner, [read(atom) for atom in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+            for use in by_equation[stop]:
+                if use.inner is not None:
+                    measures[use] = use.piece.pull(found[use.inner], read)
+        start = stop + 1
+    for use in wanted:
+        if use.measure is not None:
+            # One product may hold several parameters; their measurement is one to the compiler.
+            measures[use] = use.piece.pull(_measured(use, read(use.inputs)), read)
+    return [read(atom) for atom in jaxpr.outvars], measures
+
+
+def _measured(use: Use, inputs: jax.Array) -> Measure:
+    reading = use.measure(lax.stop_gradient(inputs))  # type: ignore[misc]
+    mean, var = reading.moments()
+    count = jnp.full((1,) * mean.ndim, float(reading.count), jnp.float32)
+    return Measure(mean, var, None, count)
+
+
+def _last_use(plan: Plan, wanted: Collection[Use]) -> dict[Any, int]:
+    """For each variable, the index of the last equation that needs it."""
+    jaxpr = plan.jaxpr
+    last = {
+        atom: index
+        for index, eqn in enumerate(jaxpr.eqns)
+        for atom in eqn.invars
+        if not isinstance(atom, Literal)
+    }
+    kept = [*jaxpr.outvars, *(use.inputs for use in wanted if use.measure is not None)]
+    if any(use.piece.reads for use in wanted):
+        kept += [
+            atom
+            for eqn in jaxpr.eqns
+            if eqn.primitive is prims.dynamic_slice_p
+            for atom in eqn.invars[1:]
+        ]
+    last |= {atom: len(jaxpr.eqns) for atom in kept if not isinstance(atom, Literal)}
+    return last
+
+
+def _run(jaxpr: Any, part: slice, last_use: dict[Any, int], env: dict[Any, Any]) -> None:
+    """Evaluate consecutive equations, by JAX."""
+    eqns = jaxpr.eqns[part]
+    if not eqns:
+        return
+    defined = {var for eqn in eqns for var in eqn.outvars}
+    inputs = dict.fromkeys(
+        atom
+        for eqn in eqns
+        for atom in eqn.invars
+        if not isinstance(atom, Literal) and atom not in defined
+    )
+    outputs = [var for eqn in eqns for var in eqn.outvars if last_use.get(var, -1) >= part.stop]
+    piece = jaxpr.replace(constvars=[], invars=list(inputs), outvars=outputs, eqns=list(eqns))
+    results = jaxpr_as_fun(ClosedJaxpr(piece, []))(*(env[var] for var in inputs))
+    env.update(zip(outputs, results, strict=True))
+
+
+def _call(
+    outer: Plan, index: int, inner: list[Use], args: list[Any]
+) -> tuple[Sequence[Any], dict[Use, Measure]]:
+    """The outputs of a call, and the measurements `inner` in its inputs' layouts."""
+    eqn, plans = outer.jaxpr.eqns[index], outer.calls[index]
+    plan = plans[0]
+
+    def measured(*args: Any) -> tuple[list[Any], Measures]:
+        outs, found = evaluate(plan, inner, args)
+        return outs, [found[use] for use in inner]
+
+    if eqn.primitive is prims.jit_p:
+        outs, found = _jit(eqn, measured)(*args)
+    elif is_remat(eqn):
+        options = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
+        outs, found = jax.checkpoint(measured, **options)(*args)
+    elif eqn.primitive is prims.scan_p:
+        outs, found = _scan(eqn, measured, inner, args)
+    elif eqn.primitive is prims.cond_p:
+        outs, found = _cond(plans, inner, args)
+    elif eqn.primitive.name == "shard_map":
+        outs, found = _shard_map(eqn, measured, inner, args)
+    else:
+        # A function with a derivative of its own stays as it is. What is measured in it is
+        # computed a second time, which the compiler sees to be the same.
+        env = {
+            var: arg
+            for var, arg in zip(eqn.invars, args, strict=True)
+            if not isinstance(var, Literal)
+        }
+        after = index + 1
+        _run(outer.jaxpr, slice(index, after), dict.fromkeys(eqn.outvars, after), env)
+        outs = [env[var] for var in eqn.outvars]
+        _, found = measured(*lax.stop_gradient(args))
+    return outs, dict(zip(inner, found, strict=True))
+
+
+def _jit(eqn: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled with the options of the call that it replaces."""
+    params = eqn.params
+
+    def given(shardings: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(s if isinstance(s, Sharding) else None for s in shardings)
+
+    function.__name__ = function.__qualname__ = params["name"]
+    options: dict[str, Any] = {
+        "donate_argnums": tuple(i for i, donated in enumerate(params["donated_invars"]) if donated),
+        "keep_unused": params["keep_unused"],
+        "inline": params["inline"],
+    }
+    if any(isinstance(s, Sharding) for s in params["in_shardings"]):
+        options["in_shardings"] = given(params["in_shardings"])
+    if any(isinstance(s, Sharding) for s in params["out_shardings"]):
+        options["out_shardings"] = (list(given(params["out_shardings"])), None)
+    if params.get("compiler_options_kvs"):
+        options["compiler_options"] = dict(params["compiler_options_kvs"])
+    return jax.jit(function, **options)
+
+
+def _scan(
+    eqn: Any, function: Callable[..., Any], inner: list[Use], args: list[Any]
+) -> tuple[list[Any], Measures]:
+    params = eqn.params
+    n_consts, n_carry = params["num_consts"], params["num_carry"]
+    consts, init, xs = args[:n_consts], args[n_consts:][:n_carry], args[n_consts + n_carry :]
+
+    def body(carry: Any, x: Any) -> Any:
+        outs, found = function(*consts, *carry, *x)
+        return outs[:n_carry], (outs[n_carry:], found)
+
+    options = {key: params[key] for key in ("_split_transpose",) if key in params}
+    carry, (ys, stacked) = lax.scan(
+        body,
+        list(init),
+        list(xs),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+        **options,
+    )
+    found = []
+    for use, measure in zip(inner, stacked, strict=True):
+        if use.root < n_consts + n_carry:
+            # One parameter for all steps: they are so many calls.
+            measure = views.average(measure, (0,)).map(lambda x: jnp.squeeze(x, 0))
+        found.append(measure)
+    return [*carry, *ys], found
+
+
+def _cond(plans: list[Plan], inner: list[Use], args: list[Any]) -> tuple[list[Any], Measures]:
+    index, *operands = args
+    shapes = [
+        _shapes(plan, [use for use in inner if use in set(plan.uses)], operands) for plan in plans
+    ]
+
+    def branch(number: int) -> Callable[..., Any]:
+        def taken(*operands: Any) -> tuple[list[Any], Measures]:
+            plan = plans[number]
+            here = [use for use in inner if use in set(plan.uses)]
+            outs, found = evaluate(plan, here, operands)
+            return outs, [
+                found[use]
+                if use in found
+                # What a branch not taken would have measured counts for nothing.
+                else jax.tree.map(
+                    lambda s: jnp.zeros(s.shape, s.dtype),
+                    next(shape[use] for shape in shapes if use in shape),
+                )
+                for use in inner
+            ]
+
+        return taken
+
+    return lax.switch(index, [branch(number) for number in range(len(plans))], *operands)
+
+
+def _shapes(plan: Plan, uses: list[Use], args: list[Any]) -> dict[Use, Any]:
+    def measured(*args: Any) -> Measures:
+        _, found = evaluate(plan, uses, args)
+        return [found[use] for use in uses]
+
+    return dict(zip(uses, jax.eval_shape(measured, *args), strict=True))
+
+
+def _shard_map(
+    eqn: Any, function: Callable[..., Any], inner: list[Use], args: list[Any]
+) -> tuple[list[Any], Measures]:
+    """Every device measures its shard; the shards' statistics come out side by side."""
+    params = eqn.params
+    # The name has changed over time.
+    axes = tuple(params.get("newly_manual_axes", params.get("manual_axes")))
+    mesh = params["mesh"]
+
+    def local(*args: Any) -> tuple[list[Any], Measures]:
+        outs, found = function(*args)
+        return outs, [measure.map(lambda x: x[None]) for measure in found]
+
+    specs = (list(params["out_specs"]), PartitionSpec(axes))
+    outs, gathered = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=tuple(params["in_specs"]),
+        out_specs=specs,
+        axis_names=set(axes),
+        check_vma=params["check_vma"],
+    )(*args)
+    sizes = dict(mesh.shape)
+    found = []
+    for use, measure in zip(inner, gathered, strict=True):
+        spec = params["in_specs"][use.root]
+        varying = _varying_axes(use)
+        found.append(_joined(measure, [(a, sizes[a]) for a in axes], spec, varying))
+    return outs, found
+
+
+def _varying_axes(use: Use) -> frozenset[str] | None:
+    """The mesh axes over which the inputs of a product differ; None if that is not known."""
+    while use.inner is not None:
+        use = use.inner
+    aval = use.inputs.aval
+    manual = getattr(aval, "manual_axis_type", aval)
+    return getattr(manual, "varying", getattr(manual, "vma", None)) or None
+
+
+def _joined(
+    measure: Measure,
+    axes: list[tuple[str, int]],
+    spec: PartitionSpec,
+    varying: frozenset[str] | None,
+) -> Measure:
+    """One measurement from those of all devices, stacked along the leading axis."""
+    n_axes = len(axes)
+    measure = measure.map(lambda x: x.reshape(*(size for _, size in axes), *x.shape[1:]))
+    position = {name: i for i, (name, _) in enumerate(axes)}
+    for dimension, names in enumerate(spec):
+        for name in reversed((names,) if isinstance(names, str) else tuple(names or ())):
+            axis = n_axes + dimension
+            if measure.mean.shape[axis] > 1 or measure.count.shape[axis] > 1:
+                # Shards of the kernel: put them side by side.
+                measure = measure.map(lambda x, n=name, a=axis: _unshard(x, position[n], a))
+    copies = math.prod(size for name, size in axes if varying is not None and name not in varying)
+    measure = views.average(measure, tuple(range(n_axes)))
+    measure = measure.map(lambda x: jnp.squeeze(x, tuple(range(n_axes))))
+    return dataclasses.replace(measure, count=measure.count / copies)
+
+
+def _unshard(x: jax.Array, source: int, axis: int) -> jax.Array:
+    if x.shape[axis] == 1:
+        return jax.lax.slice_in_dim(x, 0, 1, axis=source)
+    moved = jnp.moveaxis(x, source, axis - 1)
+    merged = moved.reshape(*moved.shape[: axis - 1], -1, *moved.shape[axis + 1 :])
+    return jnp.expand_dims(merged, source)

@@ -1,0 +1,333 @@
+"""How parameters look by the time they meet an input: cast, transposed, reshaped, sliced, joined.
+
+A `View` is an array that holds entries of parameters, and knows how to bring statistics in its own
+layout back into theirs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Shape = tuple[int, ...]
+Axes = tuple[frozenset[int], ...]
+Read = Callable[[Any], Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """Statistics of inputs, in some layout; all arrays of as many axes, each full or of size 1.
+
+    Attributes:
+      mean: Mean of the inputs.
+      var: Variance of the inputs within batches.
+      sq_mean: Mean of the squares of the batch means; None where that is `mean**2`.
+      count: Number of rows; 0 where nothing was measured.
+    """
+
+    mean: Any
+    var: Any
+    sq_mean: Any
+    count: Any
+
+    def map(self, function: Callable[[Any], Any]) -> "Measure":
+        """Apply a rearrangement to every array."""
+        return jax.tree.map(function, self)
+
+
+Step = Callable[[Measure, Read], Measure]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Where a view holds entries of one parameter.
+
+    Attributes:
+      root: Index of the parameter among the inputs of a jaxpr.
+      axes: For each axis of the view, the axes of the parameter that it runs along.
+      steps: What brings a `Measure` in the view's layout into the parameter's, last one first.
+      reads: Whether a step reads variables of the jaxpr.
+      cuts: Axes of the parameter of which the view holds a single place, each with that place.
+    """
+
+    root: int
+    axes: Axes
+    steps: tuple[Step, ...] = ()
+    reads: bool = False
+    cuts: frozenset[tuple[int, Any]] = frozenset()
+
+    def pull(self, measure: Measure, read: Read) -> Measure:
+        """`measure` in the parameter's layout; `read` gives values of the jaxpr's variables."""
+        for step in reversed(self.steps):
+            measure = step(measure, read)
+        return measure
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """An array made of entries of parameters.
+
+    Attributes:
+      shape: Of the array.
+      pieces: One for each parameter.
+      altered: What changed the values on the way, if anything did.
+    """
+
+    shape: Shape
+    pieces: tuple[Piece, ...]
+    altered: str | None = None
+
+    def is_filled(self, axis: int) -> bool:
+        """Whether entries along `axis` are copies of one another."""
+        return not any(piece.axes[axis] for piece in self.pieces) and self.shape[axis] > 1
+
+
+def root_view(root: int, shape: Shape) -> View:
+    """An input of a jaxpr as it comes."""
+    return View(shape, (Piece(root, tuple(frozenset({axis}) for axis in range(len(shape)))),))
+
+
+def _through(
+    view: View, shape: Shape, axes: Callable[[Axes], Axes], step: Step, reads: bool = False
+) -> View:
+    pieces = tuple(
+        dataclasses.replace(
+            piece, axes=axes(piece.axes), steps=(*piece.steps, step), reads=piece.reads or reads
+        )
+        for piece in view.pieces
+    )
+    return dataclasses.replace(view, shape=shape, pieces=pieces)
+
+
+def transpose(view: View, permutation: tuple[int, ...]) -> View:
+    """The axes in another order."""
+    inverse = tuple(int(axis) for axis in np.argsort(permutation))
+    return _through(
+        view,
+        tuple(view.shape[axis] for axis in permutation),
+        lambda axes: tuple(axes[axis] for axis in permutation),
+        lambda measure, _: measure.map(lambda x: jnp.transpose(x, inverse)),
+    )
+
+
+def groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
+    """Which axes of `old` become which of `new` in a reshape, in the smallest groups."""
+    result: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        ours, theirs = [], []
+        n_old = n_new = 1
+        while True:
+            if n_old == n_new and (ours or theirs):
+                break
+            if i < len(old) and (n_old < n_new or (n_old == n_new and not ours)):
+                n_old *= old[i]
+                ours.append(i)
+                i += 1
+            elif j < len(new):
+                n_new *= new[j]
+                theirs.append(j)
+                j += 1
+            else:
+                n_old *= old[i]
+                ours.append(i)
+                i += 1
+        result.append((ours, theirs))
+    return result
+
+
+def reshape(view: View, shape: Shape) -> View:
+    """The entries in another shape."""
+    if 0 in view.shape:
+        return dataclasses.replace(view, shape=shape, pieces=())
+    old = view.shape
+    parts = groups(old, shape)
+
+    def axes_of(axes: Axes) -> Axes:
+        new: list[frozenset[int]] = [frozenset()] * len(shape)
+        for ours, theirs in parts:
+            union = frozenset().union(*(axes[i] for i in ours))
+            for j in theirs:
+                new[j] = union if shape[j] > 1 else frozenset()
+        return tuple(new)
+
+    def back(x: jax.Array) -> jax.Array:
+        full, final = list(x.shape), list(old)
+        for ours, theirs in parts:
+            if all(x.shape[j] == 1 for j in theirs):
+                for i in ours:
+                    final[i] = 1
+            else:
+                for j in theirs:
+                    full[j] = shape[j]
+        return jnp.broadcast_to(x, full).reshape(final)
+
+    return _through(view, shape, axes_of, lambda measure, _: measure.map(back))
+
+
+def broadcast(view: View, shape: Shape, dimensions: tuple[int, ...]) -> View:
+    """Axis i as axis `dimensions[i]` of `shape`; the entries repeat along the others."""
+    old = view.shape
+    copied = tuple(
+        axis
+        for axis in range(len(shape))
+        if axis not in dimensions or old[dimensions.index(axis)] != shape[axis]
+    )
+    dropped = tuple(axis for axis in range(len(shape)) if axis not in dimensions)
+
+    def axes_of(axes: Axes) -> Axes:
+        return tuple(
+            axes[dimensions.index(axis)] if axis in dimensions else frozenset()
+            for axis in range(len(shape))
+        )
+
+    def step(measure: Measure, _: Read) -> Measure:
+        # A parameter that meets different inputs in its copies has the statistics of them all.
+        varying = tuple(axis for axis in copied if measure.mean.shape[axis] > 1)
+        if varying:
+            measure = average(measure, varying)
+        return measure.map(lambda x: jnp.squeeze(x, dropped))
+
+    return _through(view, shape, axes_of, step)
+
+
+def squeeze(view: View, dimensions: tuple[int, ...]) -> View:
+    """Without axes of size 1."""
+    kept = [axis for axis in range(len(view.shape)) if axis not in dimensions]
+    return _through(
+        view,
+        tuple(view.shape[axis] for axis in kept),
+        lambda axes: tuple(axes[axis] for axis in kept),
+        lambda measure, _: measure.map(lambda x: jnp.expand_dims(x, dimensions)),
+    )
+
+
+def reverse(view: View, dimensions: tuple[int, ...]) -> View:
+    """Back to front along some axes."""
+    return _through(
+        view,
+        view.shape,
+        lambda axes: axes,
+        lambda measure, _: measure.map(lambda x: jnp.flip(x, dimensions)),
+    )
+
+
+def sliced(
+    view: View,
+    shape: Shape,
+    at: Callable[[Read], Any],
+    strides: Shape | None,
+    places: tuple[Any, ...],
+) -> View:
+    """A box of `shape` that starts at `at(read)`; with `strides`, `at` must not read.
+
+    `places` are names for the starts, equal where the starts are known to be equal.
+    """
+    old = view.shape
+    cut = tuple(axis for axis in range(len(shape)) if shape[axis] != old[axis])
+
+    def step(measure: Measure, read: Read) -> Measure:
+        start = at(read)
+
+        def put(x: jax.Array) -> jax.Array:
+            def cut_to(size: Shape) -> Shape:
+                return tuple(
+                    size[axis] if axis in cut else x.shape[axis] for axis in range(len(shape))
+                )
+
+            x = jnp.broadcast_to(x, cut_to(shape))
+            whole = jnp.zeros(cut_to(old), x.dtype)
+            if strides is None:
+                # An axis that is not cut, or not full in `x`, starts at 0.
+                starts = [start[axis] if axis in cut else 0 for axis in range(len(shape))]
+                return jax.lax.dynamic_update_slice(whole, x, starts)
+            index = tuple(
+                slice(
+                    start[axis], start[axis] + (shape[axis] - 1) * strides[axis] + 1, strides[axis]
+                )
+                if axis in cut
+                else slice(None)
+                for axis in range(len(shape))
+            )
+            return whole.at[index].set(x)
+
+        # Where the slice is not, nothing was measured: there `count` is 0.
+        return measure.map(put)
+
+    new = _through(view, shape, lambda axes: axes, step, reads=strides is None)
+    single = [axis for axis in cut if shape[axis] == 1]
+    pieces = tuple(
+        dataclasses.replace(
+            piece,
+            cuts=piece.cuts | {(k, places[axis]) for axis in single for k in piece.axes[axis]},
+        )
+        for piece in new.pieces
+    )
+    return dataclasses.replace(new, pieces=pieces)
+
+
+def concatenate(operands: list[tuple[Shape, View | None]], axis: int) -> View | None:
+    """Arrays joined along an axis, some of them views."""
+    pieces: list[Piece] = []
+    altered = None
+    offset = 0
+    for shape, view in operands:
+        if view is not None:
+            start, stop = offset, offset + shape[axis]
+
+            def cut(measure: Measure, _: Read, start: int = start, stop: int = stop) -> Measure:
+                return measure.map(
+                    lambda x: (
+                        jax.lax.slice_in_dim(x, start, stop, axis=axis) if x.shape[axis] > 1 else x
+                    )
+                )
+
+            pieces += [dataclasses.replace(p, steps=(*p.steps, cut)) for p in view.pieces]
+            altered = altered or view.altered
+        offset += shape[axis]
+    if not pieces:
+        return None
+    joined = list(operands[0][0])
+    joined[axis] = offset
+    return View(tuple(joined), tuple(pieces), altered)
+
+
+def average(measure: Measure, axes: tuple[int, ...]) -> Measure:
+    """The statistics of the union over `axes`, which keep their place with size 1."""
+    shape = np.broadcast_shapes(measure.mean.shape, measure.count.shape)
+    count = jnp.broadcast_to(
+        measure.count,
+        [shape[i] if i in axes else measure.count.shape[i] for i in range(len(shape))],
+    )
+    total = jnp.sum(count, axis=axes, keepdims=True)
+    weight = count / jnp.maximum(total, 1.0)
+    sq_mean = measure.mean**2 if measure.sq_mean is None else measure.sq_mean
+
+    def mean_of(x: jax.Array) -> jax.Array:
+        return jnp.sum(weight * x, axis=axes, keepdims=True)
+
+    return Measure(mean_of(measure.mean), mean_of(measure.var), mean_of(sq_mean), total)
+
+
+def union(measures: list[Measure]) -> Measure:
+    """The statistics of several measurements of the same parameter."""
+    if len(measures) == 1:
+        return measures[0]
+    expanded = [
+        dataclasses.replace(m, sq_mean=m.mean**2 if m.sq_mean is None else m.sq_mean).map(
+            lambda x: x[None]
+        )
+        for m in measures
+    ]
+
+    def join(*arrays: jax.Array) -> jax.Array:
+        shape = np.broadcast_shapes(*(x.shape for x in arrays))
+        return jnp.concatenate([jnp.broadcast_to(x, shape) for x in arrays])
+
+    stacked = jax.tree.map(join, *expanded)
+    return average(stacked, (0,)).map(functools.partial(jnp.squeeze, axis=0))
