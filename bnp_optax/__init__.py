@@ -1,7 +1,14 @@
 """Batch normalization preconditioning and z-space regularization for Optax."""
 
 from bnp_optax.alias import adam_l1, bnp_adam, bnp_adamw, bnp_sgd
-from bnp_optax.capture import Layer, Summary, find_layers, summarize, value_and_grad
+from bnp_optax.capture import (
+    Layer,
+    Summary,
+    dataset_statistics,
+    find_layers,
+    summarize,
+    value_and_grad,
+)
 from bnp_optax.preconditioners import (
     BNPState,
     ComposeState,
@@ -52,6 +59,7 @@ __all__ = [
     "bnp_precondition",
     "bnp_sgd",
     "compose",
+    "dataset_statistics",
     "find_layers",
     "gradient_regularization",
     "in_zspace",

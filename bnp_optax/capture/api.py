@@ -33,17 +33,24 @@ class _Discovery:
     unused: list[str]
 
 
-def _options(capture: Capture, conv_statistics: ConvStatistics, sample_rows: int | None) -> Options:
+def _options(
+    capture: Capture,
+    conv_statistics: ConvStatistics,
+    sample_rows: int | None,
+    embeddings: bool,
+    weighted: bool = False,
+) -> Options:
     check_choice("capture", capture, ("auto", "linen", "jaxpr"))
     check_choice("conv_statistics", conv_statistics, ("channel", "patch"))
     check_count("sample_rows", sample_rows)
-    if capture == "linen" and conv_statistics == "patch":
+    options = Options(conv_statistics, sample_rows, embeddings, weighted)
+    if capture == "linen" and options.need_jaxpr:
         msg = (
-            "`conv_statistics='patch'` needs `capture='jaxpr'` or `'auto'`: the Linen engine sees "
-            "a layer's inputs, but not its window."
+            f"{options.need_jaxpr} needs `capture='jaxpr'` or `'auto'`: the Linen engine sees a "
+            "layer's inputs, but not its window, lookups or steps in time."
         )
         raise ValueError(msg)
-    return Options(conv_statistics, sample_rows)
+    return options
 
 
 def _by_linen(
@@ -55,10 +62,8 @@ def _by_linen(
     options: Options,
 ) -> _Discovery | None:
     """What the Linen engine finds, or None if the loss is for the other engine."""
-    may_be_linen = capture == "linen" or (
-        options.conv_statistics == "channel" and linen.has_kernels(params)
-    )
-    if capture == "jaxpr" or not may_be_linen:
+    may_be_linen = linen.has_kernels(params) and not options.need_jaxpr
+    if capture == "jaxpr" or (capture == "auto" and not may_be_linen):
         return None
     found = _Discovery(*linen.discover(loss_fn, params, args, kwargs, options))
     return found if found.layers or capture == "linen" else None
@@ -85,6 +90,7 @@ def find_layers(
     *args: Any,
     capture: Capture = "auto",
     conv_statistics: ConvStatistics = "channel",
+    embeddings: bool = False,
     **kwargs: Any,
 ) -> dict[str, Layer]:
     """The layers whose input statistics can be captured, found by an abstract trace (no FLOPs).
@@ -98,6 +104,7 @@ def find_layers(
       *args: Further arguments, likewise.
       capture: As in `value_and_grad`.
       conv_statistics: As in `value_and_grad`; it decides the statistics' shapes.
+      embeddings: As in `value_and_grad`.
       **kwargs: Further keyword arguments.
 
     Returns:
@@ -114,7 +121,7 @@ def find_layers(
       >>> {name: (layer.kind, layer.fan_in) for name, layer in layers.items()}
       {'layers_0/kernel': ('Dense', 3), 'layers_2/kernel': ('Dense', 8)}
     """
-    options = _options(capture, conv_statistics, None)
+    options = _options(capture, conv_statistics, None, embeddings)
     return _discover(loss_fn, params, args, kwargs, capture, options).layers
 
 
@@ -168,6 +175,7 @@ def summarize(
     params: Any,
     *args: Any,
     capture: Capture = "auto",
+    embeddings: bool = False,
     **kwargs: Any,
 ) -> Summary:
     """What is preconditioned and what is not, and why: print the result.
@@ -180,6 +188,7 @@ def summarize(
       params: As for `find_layers`.
       *args: Further arguments of the loss.
       capture: As in `value_and_grad`.
+      embeddings: As in `value_and_grad`.
       **kwargs: Further keyword arguments of the loss.
 
     Example:
@@ -196,7 +205,7 @@ def summarize(
       layers_1/kernel     Dense  4x2    4       1          1   yes   yes, by linen
       1 of 2 kernels covered, 16.7% of their 48 entries.
     """
-    options = _options(capture, "channel", None)
+    options = _options(capture, "channel", None, embeddings)
     found = _discover(loss_fn, params, args, kwargs, capture, options)
     layers = found.layers
     biases = {layer.bias for layer in layers.values()}
@@ -226,6 +235,9 @@ def value_and_grad(
     *,
     conv_statistics: ConvStatistics = "channel",
     sample_rows: int | None = None,
+    embeddings: bool = False,
+    weights: Callable[..., Any] | None = None,
+    fixed: Mapping[str, LayerStats] | None = None,
 ) -> Callable[..., tuple[Any, Any, dict[str, LayerStats]]]:
     """`jax.value_and_grad` that also returns the statistics of every layer's inputs.
 
@@ -255,6 +267,13 @@ def value_and_grad(
       sample_rows: Take the statistics from this many rows of the batch (examples, positions of a
         sequence, pixels), spread evenly and always the same; None for all. `count` stays that
         of the whole batch.
+      embeddings: Whether to cover tables that rows are looked up in, as layers without a bias of
+        one-hot inputs, whose mean is the row's frequency (by the jaxpr engine).
+      weights: A function of the loss's arguments, `weights(*args, **kwargs)`, that returns weights
+        >= 0 of shape (batch,), or (batch, length) such as a padding mask: rows of weight 0 do not
+        count (by the jaxpr engine). It changes the statistics only, not the loss.
+      fixed: Statistics from `dataset_statistics`, returned as they are for layers that then cost
+        nothing.
 
     Returns:
       A function of `(params, *args, **kwargs)` that returns `(loss, grads, stats)`; `loss` is
@@ -286,16 +305,19 @@ def value_and_grad(
       >>> {name: (s.bias, s.mean.shape) for name, s in stats.items()}
       {'w1': ('b1', (3, 1)), 'w2': (None, (2, 1))}
     """
-    options = _options(capture, conv_statistics, sample_rows)
+    options = _options(capture, conv_statistics, sample_rows, embeddings, weights is not None)
 
     @functools.wraps(loss_fn)
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, LayerStats]]:
         leaves = named_leaves(params)
+        known = dict(fixed or {})
+        _check_names("fixed", dict.fromkeys(known), leaves)
         chosen, unused = None if layers is None else dict(layers), []
         if chosen is not None:
-            _check_layers(chosen, leaves)
+            _check_names("layers", {n: layer.kernel_shape for n, layer in chosen.items()}, leaves)
         if chosen and capture == "auto":
-            by_linen = all(layer.engine == "linen" for layer in chosen.values())
+            engines = {layer.engine for layer in chosen.values()}
+            by_linen = engines == {"linen"} and not options.need_jaxpr
         elif chosen:
             by_linen = capture == "linen"
         else:
@@ -305,11 +327,24 @@ def value_and_grad(
                 chosen, unused = found.layers, found.unused
                 _check_any(found, leaves)
         if by_linen:
+            captured = {n: layer for n, layer in (chosen or {}).items() if n not in known}
             value, grads, stats = linen.value_and_grad(
-                loss_fn, chosen or {}, params, args, kwargs, has_aux, options
+                loss_fn, captured, params, args, kwargs, has_aux, options
             )
-            return value, grads, stats | {name: idle_statistics(name, leaves) for name in unused}
-        return jaxpr.value_and_grad(loss_fn, chosen, params, args, kwargs, has_aux, options)
+            stats |= {name: idle_statistics(name, leaves) for name in unused}
+        else:
+            value, grads, stats = jaxpr.value_and_grad(
+                loss_fn,
+                chosen,
+                params,
+                args,
+                kwargs,
+                has_aux,
+                options,
+                left_out=known,
+                weights=None if weights is None else jnp.asarray(weights(*args, **kwargs)),
+            )
+        return value, grads, stats | known
 
     return wrapped
 
@@ -327,13 +362,17 @@ def _check_any(found: _Discovery, leaves: Mapping[str, Any]) -> None:
     raise ValueError(msg)
 
 
-def _check_layers(layers: Mapping[str, Layer], leaves: Mapping[str, Any]) -> None:
-    for name, layer in layers.items():
+def _check_names(
+    argument: str, shapes: Mapping[str, tuple[int, ...] | None], leaves: Mapping[str, Any]
+) -> None:
+    """Raise unless `params` has kernels of these names, and of these shapes if given."""
+    for name, expected in shapes.items():
         shape = tuple(leaves[name].shape) if name in leaves else None
-        if shape != layer.kernel_shape:
+        if shape is None or expected not in (None, shape):
             kernels = [leaf for leaf in leaves if is_named(leaf, KERNEL)] or list(leaves)
+            of_shape = "" if expected is None else f" of shape {expected}"
             msg = (
-                f"`layers` has `{name}` of shape {layer.kernel_shape}, but `params` has "
+                f"`{argument}` has `{name}`{of_shape}, but `params` has "
                 f"{'no such leaf' if shape is None else f'it with shape {shape}'}. The kernels "
                 f"of `params` are {quoted(kernels)}. Call `find_layers` on these `params`."
             )

@@ -13,16 +13,19 @@ from jax.extend.core import primitives as prims
 from jax.sharding import PartitionSpec, Sharding
 
 from bnp_optax.capture import views
-from bnp_optax.capture.plan import Plan, Use, is_remat
+from bnp_optax.capture.plan import Plan, Use, innermost, is_remat
+from bnp_optax.capture.reading import Weights
 from bnp_optax.capture.views import Measure
 
 Measures = list[Measure]
 
 
 def evaluate(
-    plan: Plan, wanted: Collection[Use], args: Sequence[Any]
+    plan: Plan, wanted: Collection[Use], args: Sequence[Any], weights: Weights
 ) -> tuple[list[Any], dict[Use, Measure]]:
     """The outputs of a jaxpr, and the measurements `wanted`, in their parameters' layouts.
+
+    Rows of inputs count by their `weights`, all alike if that is None.
 
     Equations are left to JAX, all but the calls that something is measured in. These are called
     again with the same options, as functions that return the measurements too.
@@ -48,7 +51,7 @@ def evaluate(
         if stop < len(jaxpr.eqns):
             eqn = jaxpr.eqns[stop]
             inner = list(dict.fromkeys(use.inner for use in by_equation[stop] if use.inner))
-            outs, found = _call(plan, stop, inner, [read(atom) for atom in eqn.invars])
+            outs, found = _call(plan, stop, inner, [read(atom) for atom in eqn.invars], weights)
             env.update(zip(eqn.outvars, outs, strict=True))
             for use in by_equation[stop]:
                 if use.inner is not None:
@@ -57,14 +60,18 @@ def evaluate(
     for use in wanted:
         if use.measure is not None:
             # One product may hold several parameters; their measurement is one to the compiler.
-            measures[use] = use.piece.pull(_measured(use, read(use.inputs)), read)
+            measures[use] = use.piece.pull(_measured(use, read(use.inputs), weights), read)
     return [read(atom) for atom in jaxpr.outvars], measures
 
 
-def _measured(use: Use, inputs: jax.Array) -> Measure:
+def _measured(use: Use, inputs: jax.Array, weights: Weights) -> Measure:
     reading = use.measure(lax.stop_gradient(inputs))  # type: ignore[misc]
-    mean, var = reading.moments()
-    count = jnp.full((1,) * mean.ndim, float(reading.count), jnp.float32)
+    try:
+        mean, var, (total, n_rows) = reading.moments(weights)
+    except ValueError as error:
+        error.add_note(f"This happened at the inputs of `{use.name}`.")
+        raise
+    count = jnp.full((1,) * mean.ndim, total * (reading.count / n_rows), jnp.float32)
     return Measure(mean, var, None, count)
 
 
@@ -108,15 +115,18 @@ def _run(jaxpr: Any, part: slice, last_use: dict[Any, int], env: dict[Any, Any])
 
 
 def _call(
-    outer: Plan, index: int, inner: list[Use], args: list[Any]
+    outer: Plan, index: int, inner: list[Use], args: list[Any], weights: Weights
 ) -> tuple[Sequence[Any], dict[Use, Measure]]:
     """The outputs of a call, and the measurements `inner` in its inputs' layouts."""
     eqn, plans = outer.jaxpr.eqns[index], outer.calls[index]
     plan = plans[0]
 
-    def measured(*args: Any) -> tuple[list[Any], Measures]:
-        outs, found = evaluate(plan, inner, args)
+    def weighed(weights: Weights, *args: Any) -> tuple[list[Any], Measures]:
+        outs, found = evaluate(plan, inner, args, weights)
         return outs, [found[use] for use in inner]
+
+    def measured(*args: Any) -> tuple[list[Any], Measures]:
+        return weighed(weights, *args)
 
     if eqn.primitive is prims.jit_p:
         outs, found = _jit(eqn, measured)(*args)
@@ -124,9 +134,9 @@ def _call(
         options = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
         outs, found = jax.checkpoint(measured, **options)(*args)
     elif eqn.primitive is prims.scan_p:
-        outs, found = _scan(eqn, measured, inner, args)
+        outs, found = _scan(eqn, weighed, inner, args, weights)
     elif eqn.primitive is prims.cond_p:
-        outs, found = _cond(plans, inner, args)
+        outs, found = _cond(plans, inner, args, weights)
     elif eqn.primitive.name == "shard_map":
         outs, found = _shard_map(eqn, measured, inner, args)
     else:
@@ -167,21 +177,29 @@ def _jit(eqn: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _scan(
-    eqn: Any, function: Callable[..., Any], inner: list[Use], args: list[Any]
+    eqn: Any, function: Callable[..., Any], inner: list[Use], args: list[Any], weights: Weights
 ) -> tuple[list[Any], Measures]:
     params = eqn.params
     n_consts, n_carry = params["num_consts"], params["num_carry"]
     consts, init, xs = args[:n_consts], args[n_consts:][:n_carry], args[n_consts + n_carry :]
+    # Where all steps share their kernels and are as many as the positions of a sequence, they
+    # are these positions, each with its own weights.
+    shared = all(use.root < n_consts + n_carry for use in inner)
+    over_time = (
+        weights is not None and weights.ndim > 1 and shared and weights.shape[1] == params["length"]
+    )
+    by_step = jnp.moveaxis(weights, 1, 0) if weights is not None and over_time else None
 
     def body(carry: Any, x: Any) -> Any:
-        outs, found = function(*consts, *carry, *x)
+        x, step = x
+        outs, found = function(weights if step is None else step, *consts, *carry, *x)
         return outs[:n_carry], (outs[n_carry:], found)
 
     options = {key: params[key] for key in ("_split_transpose",) if key in params}
     carry, (ys, stacked) = lax.scan(
         body,
         list(init),
-        list(xs),
+        (list(xs), by_step),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -196,17 +214,20 @@ def _scan(
     return [*carry, *ys], found
 
 
-def _cond(plans: list[Plan], inner: list[Use], args: list[Any]) -> tuple[list[Any], Measures]:
+def _cond(
+    plans: list[Plan], inner: list[Use], args: list[Any], weights: Weights
+) -> tuple[list[Any], Measures]:
     index, *operands = args
     shapes = [
-        _shapes(plan, [use for use in inner if use in set(plan.uses)], operands) for plan in plans
+        _shapes(plan, [use for use in inner if use in set(plan.uses)], operands, weights)
+        for plan in plans
     ]
 
     def branch(number: int) -> Callable[..., Any]:
         def taken(*operands: Any) -> tuple[list[Any], Measures]:
             plan = plans[number]
             here = [use for use in inner if use in set(plan.uses)]
-            outs, found = evaluate(plan, here, operands)
+            outs, found = evaluate(plan, here, operands, weights)
             return outs, [
                 found[use]
                 if use in found
@@ -223,9 +244,9 @@ def _cond(plans: list[Plan], inner: list[Use], args: list[Any]) -> tuple[list[An
     return lax.switch(index, [branch(number) for number in range(len(plans))], *operands)
 
 
-def _shapes(plan: Plan, uses: list[Use], args: list[Any]) -> dict[Use, Any]:
+def _shapes(plan: Plan, uses: list[Use], args: list[Any], weights: Weights) -> dict[Use, Any]:
     def measured(*args: Any) -> Measures:
-        _, found = evaluate(plan, uses, args)
+        _, found = evaluate(plan, uses, args, weights)
         return [found[use] for use in uses]
 
     return dict(zip(uses, jax.eval_shape(measured, *args), strict=True))
@@ -264,9 +285,7 @@ def _shard_map(
 
 def _varying_axes(use: Use) -> frozenset[str] | None:
     """The mesh axes over which the inputs of a product differ; None if that is not known."""
-    while use.inner is not None:
-        use = use.inner
-    aval = use.inputs.aval
+    aval = innermost(use).inputs.aval
     manual = getattr(aval, "manual_axis_type", aval)
     return getattr(manual, "varying", getattr(manual, "vma", None)) or None
 

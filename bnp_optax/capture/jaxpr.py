@@ -17,8 +17,8 @@ from bnp_optax._tree import BIAS, KERNEL, is_named, named_leaves
 from bnp_optax.capture import views
 from bnp_optax.capture.evaluation import evaluate
 from bnp_optax.capture.layer import Layer, idle_statistics, split_arrays, statistics
-from bnp_optax.capture.plan import Plan, Use, make_plan
-from bnp_optax.capture.reading import Options
+from bnp_optax.capture.plan import Plan, Use, innermost, make_plan
+from bnp_optax.capture.reading import Options, Weights
 from bnp_optax.capture.usage import is_used
 from bnp_optax.capture.views import Measure
 from bnp_optax.statistics import LayerStats
@@ -99,6 +99,8 @@ def find(
         reason = _why_not(plan, root, mine, dtypes[root], used[root])
         if reason is None:
             uses[name] = mine
+            for use in mine:
+                innermost(use).name = name
         else:
             reasons[name] = reason
     names = list(leaves)
@@ -156,7 +158,7 @@ def _bias(
 def layers(found: Found) -> dict[str, Layer]:
     """The covered layers."""
     shapes = jax.eval_shape(
-        lambda args: _measure(found, found.kernels, args)[1],
+        lambda args: _measure(found, found.kernels, args, None)[1],
         [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in found.plan.jaxpr.invars],
     )
     return {
@@ -177,13 +179,34 @@ def layers(found: Found) -> dict[str, Layer]:
 
 
 def _measure(
-    found: Found, chosen: Collection[str], args: list[Any]
+    found: Found, chosen: Collection[str], args: list[Any], weights: Weights
 ) -> tuple[list[Any], dict[str, Measure]]:
     wanted = [use for name in chosen for use in found.kernels[name].uses]
-    outs, measures = evaluate(found.plan, wanted, args)
+    outs, measures = evaluate(found.plan, wanted, args, weights)
     return outs, {
         name: views.union([measures[use] for use in found.kernels[name].uses]) for name in chosen
     }
+
+
+def _statistics(found: Found, measures: dict[str, Measure]) -> dict[str, LayerStats]:
+    return {
+        name: statistics(
+            measure.mean,
+            measure.var,
+            measure.sq_mean,
+            jnp.max(measure.count),
+            kernel=name,
+            bias=found.kernels[name].bias,
+            input_axes=found.kernels[name].input_axes,
+            positions=found.kernels[name].positions,
+        )
+        for name, measure in measures.items()
+    }
+
+
+def measured(found: Found, chosen: Collection[str], params: Any) -> dict[str, LayerStats]:
+    """The statistics of the kernels `chosen`, without a gradient."""
+    return _statistics(found, _measure(found, chosen, jax.tree.leaves(params), None)[1])
 
 
 def value_and_grad(
@@ -194,33 +217,25 @@ def value_and_grad(
     kwargs: dict[str, Any],
     has_aux: bool,
     options: Options,
+    *,
+    left_out: Collection[str] = (),
+    weights: Weights = None,
 ) -> tuple[Any, Any, dict[str, LayerStats]]:
-    """Value, gradient and the statistics of the kernels `chosen`, or of all."""
+    """Value, gradient and the statistics of the kernels `chosen`, or of all but `left_out`."""
     found = find(loss_fn, params, args, kwargs, options)
-    kernels = found.kernels if chosen is None else [n for n in chosen if n in found.kernels]
-    leaves = named_leaves(params)
     _check_found(found, chosen)
+    wanted = found.kernels if chosen is None else [n for n in chosen if n in found.kernels]
+    names = [name for name in wanted if name not in left_out]
 
     def instrumented(params: Any) -> tuple[Any, tuple[Any, dict[str, Measure]]]:
-        outs, measures = _measure(found, kernels, jax.tree.leaves(params))
+        outs, measures = _measure(found, names, jax.tree.leaves(params), weights)
         value = jax.tree.unflatten(found.out_tree, outs)
         loss, aux = value if has_aux else (value, None)
         return loss, (aux, lax.stop_gradient(measures))
 
     (loss, (aux, measures)), grads = jax.value_and_grad(instrumented, has_aux=True)(params)
-    stats = {}
-    for name, measure in measures.items():
-        kernel = found.kernels[name]
-        stats[name] = statistics(
-            measure.mean,
-            measure.var,
-            measure.sq_mean,
-            jnp.max(measure.count),
-            kernel=name,
-            bias=kernel.bias,
-            input_axes=kernel.input_axes,
-            positions=kernel.positions,
-        )
+    stats = _statistics(found, measures)
+    leaves = named_leaves(params)
     for name in found.unused:
         if is_named(name, KERNEL) and (chosen is None or name in chosen):
             stats[name] = idle_statistics(name, leaves)

@@ -188,7 +188,7 @@ def discover(
                 bias=bias if bias in leaves else None,
                 kind=kind,
                 kernel_shape=shape,
-                stats_shape=jax.eval_shape(reading.moments)[0].shape,
+                stats_shape=jax.eval_shape(lambda: reading.moments(None))[0].shape,
                 stacked_axes=stacked,
                 input_axes=reading.input_axes,
                 positions=reading.positions,
@@ -221,7 +221,7 @@ def discover(
 
 
 def _sums(reading: Reading) -> Probe:
-    mean, var = reading.moments()
+    mean, var, _ = reading.moments(None)
     count = jnp.full((1,) * mean.ndim, float(reading.count), jnp.float32)
     sums = {
         "mean": count * mean,

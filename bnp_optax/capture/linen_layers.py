@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax.linen import recurrent
 
-from bnp_optax.capture.reading import NotCovered, Options, Reading, contraction, convolution
+from bnp_optax.capture.reading import (
+    Moments,
+    NotCovered,
+    Options,
+    Reading,
+    Weights,
+    contraction,
+    convolution,
+)
 
 
 def _dense(module: nn.Module, outputs: Any, options: Options, inputs: jax.Array) -> Reading:
@@ -76,9 +84,9 @@ def _convolution(
     if not getattr(module, "transpose_kernel", False):
         return reading
 
-    def transposed() -> tuple[jax.Array, jax.Array]:
-        mean, var = reading.moments()
-        return jnp.swapaxes(mean, -1, -2), jnp.swapaxes(var, -1, -2)
+    def transposed(weights: Weights) -> Moments:
+        mean, var, mass = reading.moments(weights)
+        return jnp.swapaxes(mean, -1, -2), jnp.swapaxes(var, -1, -2), mass
 
     return dataclasses.replace(
         reading, moments=transposed, input_axes=(*reading.input_axes[:-1], -1)

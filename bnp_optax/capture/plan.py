@@ -15,7 +15,7 @@ from jax.extend.core import Literal
 from jax.extend.core import primitives as prims
 
 from bnp_optax.capture import views
-from bnp_optax.capture.reading import Options, Reading, Window, contraction, convolution
+from bnp_optax.capture.reading import Options, Reading, Window, contraction, convolution, lookup
 from bnp_optax.capture.views import Axes, Piece, Shape, View
 
 # Shadowed: evaluated as they are, and once more for the statistics, so that their rules are kept.
@@ -47,6 +47,7 @@ class Use:
       measure: Makes the reading of a product, given its inputs.
       inputs: The variable that holds these inputs.
       depends: Whether the inputs depend on parameters.
+      name: Of the parameter, for messages.
       biases: Parameters added to the product, with pairs (bias axis, parameter axis).
     """
 
@@ -62,6 +63,7 @@ class Use:
     measure: Callable[[Any], Reading] | None = None
     inputs: Any = None
     depends: bool = True
+    name: str = ""
     biases: "list[Bias]" = dataclasses.field(default_factory=list)
 
     @property
@@ -108,6 +110,13 @@ class Plan:
     consumers: dict[int, dict[str, None]] = dataclasses.field(default_factory=dict)
     out_views: list[View | None] = dataclasses.field(default_factory=list)
     out_products: list[Product | None] = dataclasses.field(default_factory=list)
+
+
+def innermost(use: Use) -> Use:
+    """The measurement as the jaxpr sees it that holds the product."""
+    while use.inner is not None:
+        use = use.inner
+    return use
 
 
 def is_remat(eqn: Any) -> bool:
@@ -186,6 +195,8 @@ class _Analysis:
             self.scan(index, eqn)
         elif primitive is prims.cond_p:
             self.cond(index, eqn)
+        elif primitive is prims.gather_p and self.is_lookup(eqn):
+            self.lookup(index, eqn)
         elif name == "shard_map":
             self.shard_map(index, eqn)
         elif name == "optimization_barrier":
@@ -337,6 +348,36 @@ class _Analysis:
         out_axes: list[int | None] = [None] * len(out_shape)
         out_axes[numbers.out_spec[1]] = len(standard.shape) - 1
         self.measure(index, eqn, standard, lhs, reading, (), out_axes, "Conv")
+
+    def is_lookup(self, eqn: Any) -> bool:
+        """Whether whole rows of a parameter are looked up, and that is to be measured."""
+        view, numbers = self.view(eqn.invars[0]), eqn.params["dimension_numbers"]
+        return (
+            self.options.embeddings
+            and view is not None
+            and view.altered is None
+            and numbers.collapsed_slice_dims == (0,)
+            and numbers.start_index_map == (0,)
+            and not numbers.operand_batching_dims
+            and tuple(eqn.params["slice_sizes"]) == (1, *view.shape[1:])
+        )
+
+    def lookup(self, index: int, eqn: Any) -> None:
+        table, indices = eqn.invars[:2]
+        view = self.view(table)
+        assert view is not None  # as `is_lookup` has found
+        n_rows, n_features = view.shape[0], len(view.shape) - 1
+        nowhere: list[int | None] = [None] * len(eqn.outvars[0].aval.shape)
+        self.measure(
+            index,
+            eqn,
+            view,
+            indices,
+            lambda x: lookup(x, n_rows, n_features, self.options),
+            (),
+            nowhere,
+            "Embed",
+        )
 
     def measure(
         self,

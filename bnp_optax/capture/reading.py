@@ -12,7 +12,9 @@ import numpy as np
 from bnp_optax.statistics import moments
 
 ConvStatistics = Literal["channel", "patch"]
-Moments = tuple[jax.Array, jax.Array]
+# Mean, variance, and the sum of the rows' weights with the number of rows.
+Moments = tuple[jax.Array, jax.Array, tuple[Any, int]]
+Weights = jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +24,24 @@ class Options:
     Attributes:
       conv_statistics: `'channel'` or `'patch'`.
       sample_rows: Number of rows to take them from; None for all.
+      embeddings: Whether a lookup counts as a product with one-hot rows.
+      weighted: Whether rows have weights.
     """
 
     conv_statistics: ConvStatistics = "channel"
     sample_rows: int | None = None
+    embeddings: bool = False
+    weighted: bool = False
+
+    @property
+    def need_jaxpr(self) -> str:
+        """The option that only the jaxpr engine has, for a message; empty if there is none."""
+        needs = {
+            "`conv_statistics='patch'`": self.conv_statistics == "patch",
+            "`embeddings=True`": self.embeddings,
+            "`weights`": self.weighted,
+        }
+        return next((option for option, needed in needs.items() if needed), "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +49,14 @@ class Reading:
     """One product, as far as its kernel is concerned.
 
     Attributes:
-      moments: Computes the mean and variance of the inputs, in the kernel's layout.
+      moments: Computes the mean and variance of the inputs, in the kernel's layout, given weights
+        of their rows or None; and the sum of these weights with the number of rows.
       input_axes: Axes of the kernel that are summed over, negative.
       positions: Output positions that share the kernel.
       count: Batch size x positions.
     """
 
-    moments: Callable[[], Moments]
+    moments: Callable[[Weights], Moments]
     input_axes: tuple[int, ...]
     positions: int
     count: int
@@ -68,10 +85,10 @@ def contraction(
     def arrange(stat: jax.Array) -> jax.Array:
         return jnp.expand_dims(jnp.transpose(stat, order), new_axes)
 
-    def compute() -> Moments:
-        rows, axes = _sampled(jnp.asarray(inputs), reduce_axes, options.sample_rows)
-        mean, var = moments(rows, axes)
-        return arrange(mean), arrange(var)
+    def compute(weights: Weights) -> Moments:
+        x = jnp.asarray(inputs)
+        mean, var, mass = _moments(x, reduce_axes, weights, options.sample_rows)
+        return arrange(mean), arrange(var), mass
 
     return Reading(
         moments=compute,
@@ -133,15 +150,15 @@ def convolution(
         per_group = jnp.moveaxis(stat.reshape(*stat.shape[:-1], groups, -1), -2, -1)
         return jnp.repeat(per_group, features // groups, axis=-1)
 
-    def compute() -> Moments:
+    def compute(weights: Weights) -> Moments:
         x = jnp.asarray(inputs)
-        if options.conv_statistics == "patch":
-            assert window is not None
-            mean, var = _patch_moments(_sampled_examples(x, options.sample_rows), window)
+        if options.conv_statistics == "patch" and window is not None:
+            mean, var, mass = _patch_moments(x, window, weights, options.sample_rows)
         else:
-            rows, axes = _sampled(x, tuple(range(x.ndim - 1)), options.sample_rows)
-            mean, var = (m.reshape((1,) * n_spatial + m.shape) for m in moments(rows, axes))
-        return by_group(mean), by_group(var)
+            axes = tuple(range(x.ndim - 1))
+            mean, var, mass = _moments(x, axes, weights, options.sample_rows)
+            mean, var = (m.reshape((1,) * n_spatial + m.shape) for m in (mean, var))
+        return by_group(mean), by_group(var), mass
 
     return Reading(
         moments=compute,
@@ -151,47 +168,70 @@ def convolution(
     )
 
 
-def _patch_moments(x: jax.Array, window: Window) -> Moments:
+def lookup(indices: Any, n_rows: int, n_features: int, options: Options) -> Reading:
+    """A lookup of rows of a table (n_rows, *features), as a product with one-hot vectors.
+
+    The mean of a one-hot input is the frequency f of its row, its variance f (1 - f).
+    """
+
+    def compute(weights: Weights) -> Moments:
+        rows = jnp.asarray(indices)
+        axes = tuple(range(rows.ndim))
+        rows, _, share, mass = _rows(rows, axes, weights, options.sample_rows)
+        share = jnp.full(rows.size, 1.0 / rows.size) if share is None else share
+        frequency = jnp.zeros(n_rows, jnp.float32).at[rows.ravel()].add(share, mode="drop")
+        frequency = frequency.reshape(n_rows, *(1,) * n_features)
+        return frequency, frequency * (1.0 - frequency), mass
+
+    return Reading(
+        moments=compute,
+        input_axes=(-1 - n_features,),
+        positions=1,
+        count=math.prod(indices.shape),
+    )
+
+
+def _patch_moments(
+    x: jax.Array, window: Window, weights: Weights, sample_rows: int | None
+) -> Moments:
     """Mean and variance of what each kernel entry meets, zeros of the padding included.
 
     They are those of the whole map less rows and columns that an entry does not reach. The map
-    is first summed over the batch, about the channels' means so that no digits are lost; then
+    is first averaged over the batch, about the channels' means so that no digits are lost; then
     each spatial axis is summed by a small matrix of zeros and ones. No patch is formed.
     """
     spatial = range(len(window.sizes))
+    n_examples = None if sample_rows is None else max(sample_rows // math.prod(x.shape[1:-1]), 1)
+    x, _, share, mass = _rows(x, (0,), weights, n_examples)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    center = jnp.mean(x, axis=tuple(range(x.ndim - 1)))
-    y = x - center
+    share = jnp.full(x.shape[0], 1.0 / x.shape[0]) if share is None else share
+    center = jnp.einsum("b,b...->...", share, jnp.mean(x, axis=tuple(range(1, x.ndim - 1))))
+    y = x - center.reshape((1,) * (x.ndim - 1) + center.shape)
     meetings = [window.meetings(axis, x.shape[1 + axis]) for axis in spatial]
+    inside = np.ones(())
+    for meeting in meetings:
+        inside = np.multiply.outer(inside, meeting.sum(axis=1))
+    n_outputs = math.prod(window.outputs)
+    inside = jnp.asarray((inside / n_outputs)[..., None], jnp.float32)
 
-    def reached(total: jax.Array) -> jax.Array:
+    def reached(powers: jax.Array) -> jax.Array:
+        """The average over the batch, summed over the positions that each entry meets."""
+        total = jnp.einsum("b,b...->...", share, powers, precision="highest") / n_outputs
         for axis in spatial:
-            total = jnp.moveaxis(
-                jnp.tensordot(
-                    meetings[axis].astype(np.float32), total, (1, axis), precision="highest"
-                ),
-                0,
-                axis,
-            )
+            rows = jnp.asarray(meetings[axis], total.dtype)
+            summed = jnp.tensordot(rows, total, (1, axis), precision="highest")
+            total = jnp.moveaxis(summed, 0, axis)
         return total
 
-    n = x.shape[0] * math.prod(window.outputs)
-    counts = x.shape[0] * np.asarray(_outer([m.sum(axis=1) for m in meetings]))[..., None]
-    inside = (counts / n).astype(np.float32)
-    first = reached(jnp.sum(y, axis=0)) / n
-    second = reached(jnp.sum(y**2, axis=0)) / n
-    mean = jnp.asarray(inside * center + first)
+    first, second = reached(y), reached(y**2)
+    # Below, `center` and so on have the shape (*sizes, channels).
+    center = jnp.broadcast_to(center.reshape((1,) * len(window.sizes) + center.shape), first.shape)
+    mean = inside * center + first
     # Entries of the padding are 0, at a distance `mean` from the mean.
     shift = center - mean
     var = second + 2 * shift * first + inside * shift**2 + (1 - inside) * mean**2
-    return mean.astype(jnp.float32), jnp.maximum(var, 0.0).astype(jnp.float32)
-
-
-def _outer(vectors: list[np.ndarray]) -> np.ndarray:
-    product = np.ones(())
-    for vector in vectors:
-        product = np.multiply.outer(product, vector)
-    return product
+    var = jnp.maximum(var, 0.0)
+    return mean.astype(jnp.float32), var.astype(jnp.float32), mass
 
 
 def _stride(n_rows: int, n_sampled: int) -> int:
@@ -205,25 +245,62 @@ def _stride(n_rows: int, n_sampled: int) -> int:
     return step
 
 
-def _sampled(
-    x: jax.Array, axes: tuple[int, ...], sample_rows: int | None
-) -> tuple[jax.Array, tuple[int, ...]]:
-    """`sample_rows` of the rows that run over `axes`, and the axes to average the result over."""
-    n_rows = math.prod(x.shape[axis] for axis in axes)
-    if sample_rows is None or n_rows <= sample_rows:
-        return x, axes
+def _rows(
+    x: jax.Array, axes: tuple[int, ...], weights: Weights, n_chosen: int | None
+) -> tuple[jax.Array, tuple[int, ...], Weights, tuple[Any, int]]:
+    """The rows of `x`, which run over `axes`, that statistics are taken from.
+
+    Returns:
+      The rows; the axes that they run over; their shares, which sum to 1, or None where all are
+      equal; and the sum of all rows' weights with the number of all rows.
+    """
+    sizes = tuple(x.shape[axis] for axis in axes)
+    n_rows = math.prod(sizes)
+    sampled = n_chosen is not None and n_chosen < n_rows
+    if weights is None and not sampled:
+        return x, axes, None, (n_rows, n_rows)
     rest = tuple(axis for axis in range(x.ndim) if axis not in axes)
     rows = jnp.transpose(x, (*axes, *rest)).reshape(n_rows, *(x.shape[axis] for axis in rest))
-    chosen = _stride(n_rows, sample_rows) * np.arange(sample_rows) % n_rows
-    return rows[np.sort(chosen)], (0,)
+    flat = None if weights is None else _fitted(weights, sizes).ravel().astype(jnp.float32)
+    mass = (n_rows if flat is None else jnp.sum(flat), n_rows)
+    if n_chosen is not None and sampled:
+        chosen = np.sort(_stride(n_rows, n_chosen) * np.arange(n_chosen) % n_rows)
+        rows, flat = rows[chosen], None if flat is None else flat[chosen]
+    if flat is None:
+        return rows, (0,), None, mass
+    total = jnp.sum(flat)
+    share = flat / jnp.where(total > 0.0, total, 1.0)
+    # What a row of no weight holds, which may be anything, must not reach a sum.
+    counts = (flat > 0.0).reshape(-1, *(1,) * len(rest))
+    return jnp.where(counts, rows, jnp.zeros((), rows.dtype)), (0,), share, mass
 
 
-def _sampled_examples(x: jax.Array, sample_rows: int | None) -> jax.Array:
-    """As many whole examples as make up `sample_rows` rows, at least one."""
-    if sample_rows is None:
-        return x
-    n_sampled = max(sample_rows // math.prod(x.shape[1:-1]), 1)
-    if n_sampled >= x.shape[0]:
-        return x
-    chosen = _stride(x.shape[0], n_sampled) * np.arange(n_sampled) % x.shape[0]
-    return x[np.sort(chosen)]
+def _fitted(weights: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+    """Weights of rows that run over axes of the given sizes, of examples or of their positions."""
+    shape = weights.shape
+    if shape == sizes[: len(shape)]:
+        padded = weights.reshape(shape + (1,) * (len(sizes) - len(shape)))
+        return jnp.broadcast_to(padded, sizes)
+    if shape[: len(sizes)] == sizes:
+        # A row for all positions of an example counts if one of them does.
+        return jnp.max(weights, axis=tuple(range(len(sizes), len(shape))))
+    if sizes == (math.prod(shape),):
+        return weights.reshape(sizes)
+    msg = (
+        f"`weights` of shape {shape} do not fit inputs whose rows run over axes of sizes {sizes}: "
+        "they must be the first of these axes, (batch,) or (batch, length)"
+    )
+    raise ValueError(msg)
+
+
+def _moments(
+    x: jax.Array, axes: tuple[int, ...], weights: Weights, sample_rows: int | None
+) -> Moments:
+    """Mean and variance over `axes`."""
+    rows, axes, share, mass = _rows(x, axes, weights, sample_rows)
+    if share is None:
+        return *moments(rows, axes), mass
+    rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+    mean = jnp.tensordot(share, rows, 1, precision="highest")
+    var = jnp.tensordot(share, (rows - mean[None]) ** 2, 1, precision="highest")
+    return mean.astype(jnp.float32), var.astype(jnp.float32), mass

@@ -11,10 +11,9 @@ from jaxtyping import Array
 
 from bnp_optax._checks import check_choice, check_fraction, check_non_negative, check_positive
 from bnp_optax._tree import named_leaves, replace_leaves
-from bnp_optax.capture.layer import Layer
 from bnp_optax.preconditioners import centering
 from bnp_optax.preconditioners.base import Preconditioner
-from bnp_optax.preconditioners.layout import initial_slots, kernels
+from bnp_optax.preconditioners.layout import Layers, initial_slots, kernels
 from bnp_optax.preconditioners.matching import LEFT_OUT, match_statistics
 from bnp_optax.statistics import LayerStats
 
@@ -57,7 +56,7 @@ def bnp(
     warm_start: bool = False,
     variance: Variance = "auto",
     batch_size: ArrayLike | None = None,
-    layers: Mapping[str, Layer] | None = None,
+    layers: Layers | None = None,
 ) -> Preconditioner:
     r"""Precondition each layer by the running mean and variance of its inputs.
 
@@ -90,10 +89,12 @@ def bnp(
         mean; `'auto'` does so where the layer saw a single row, whose own variance is 0.
       batch_size: N in q, where the statistics do not know it, such as those of one shard. None
         takes it from them.
-      layers: From `find_layers`: the layers to precondition; all others pass through. None takes
-        every leaf named `kernel` with at least two axes. Passing `layers` also settles the shapes
-        of the state at `init`, which `jax.lax.scan` over training steps needs for grouped
-        convolutions.
+      layers: The layers to precondition; all others pass through. What `find_layers` returns, or
+        a part of it; or names of kernels, or a condition on names, such as
+        `lambda name: 'head' not in name`. Names choose among the leaves named `kernel` with at
+        least two axes; None takes all of these. What `find_layers` returns also serves parameters
+        of other names, and settles the shapes of the state at `init`, which `jax.lax.scan` over
+        training steps needs for grouped convolutions.
 
     Returns:
       A `Preconditioner`. Its `update` takes `layer_stats`, from `value_and_grad`; with

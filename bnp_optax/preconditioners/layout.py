@@ -1,7 +1,7 @@
 """Where the kernels and biases of a tree are, and the shapes of what is kept for them."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from bnp_optax._tree import BIAS, KERNEL, absent, is_named, named_leaves, quoted
 from bnp_optax.capture.layer import Layer
 
 Shape = tuple[int, ...]
+# Layers as `find_layers` gives them, names of kernels, or a condition on these names.
+Layers = Mapping[str, Layer] | Collection[str] | Callable[[str], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,20 +31,27 @@ class Slot:
     bias_shape: Shape
 
 
-def kernels(tree: Any, layers: Mapping[str, Layer] | None) -> dict[str, str | None]:
+def kernels(tree: Any, layers: Layers | None) -> dict[str, str | None]:
     """The kernels of `tree` that are preconditioned, each with its bias or None.
 
-    They are those of `layers`, else every real leaf named `kernel` with two or more axes.
+    They are those of `layers`; without it, or where it only says which names to choose, every real
+    leaf named `kernel` with two or more axes.
 
     Raises:
       ValueError: If a kernel is complex, or `layers` names one that `tree` has not.
     """
     leaves = named_leaves(tree)
-    if layers is None:
+    if isinstance(layers, Mapping):
+        pairs = {name: layer.bias for name, layer in layers.items()}
+    else:
         named = [name for name, leaf in leaves.items() if is_named(name, KERNEL)]
         pairs = {name: sibling(name, BIAS) for name in named if len(leaves[name].shape) >= 2}
-    else:
-        pairs = {name: layer.bias for name, layer in layers.items()}
+        if callable(layers):
+            pairs = {name: bias for name, bias in pairs.items() if layers(name)}
+        elif layers is not None:
+            _check_are_kernels(layers, pairs, leaves)
+            pairs = {name: bias for name, bias in pairs.items() if name in layers}
+    if layers is not None and not callable(layers):
         missing = absent(layers, tree) if leaves else []
         if missing:
             msg = (
@@ -53,7 +62,7 @@ def kernels(tree: Any, layers: Mapping[str, Layer] | None) -> dict[str, str | No
     present = {name: bias for name, bias in pairs.items() if name in leaves}
     for name in present:
         shape = tuple(leaves[name].shape)
-        if layers is not None and layers[name].kernel_shape != shape:
+        if isinstance(layers, Mapping) and layers[name].kernel_shape != shape:
             msg = (
                 f"`layers` has `{name}` with shape {layers[name].kernel_shape}, but the parameters "
                 f"have it with shape {shape}. Call `find_layers` on the `params` that the "
@@ -74,24 +83,39 @@ def kernels(tree: Any, layers: Mapping[str, Layer] | None) -> dict[str, str | No
     }
 
 
+def _check_are_kernels(
+    names: Collection[str], kernels: Mapping[str, Any], leaves: Mapping[str, Any]
+) -> None:
+    """Raise if names alone do not tell how a leaf is used."""
+    others = [name for name in names if name in leaves and name not in kernels]
+    if others:
+        msg = (
+            f"`layers` names {quoted(others)}, of which the name does not tell how the inputs meet "
+            f"it: only leaves named `{KERNEL}` with two or more axes may be given by name. Pass "
+            "that part of `bnp_optax.find_layers(loss_fn, params, ...)`."
+        )
+        raise ValueError(msg)
+
+
 def aligned_bias_shape(kernel: Shape, input_axes: Iterable[int]) -> Shape:
     """The kernel's shape with 1 on its input axes."""
     inputs = {axis % len(kernel) for axis in input_axes}
     return tuple(1 if axis in inputs else size for axis, size in enumerate(kernel))
 
 
-def initial_slots(params: Any, layers: Mapping[str, Layer] | None) -> list[Slot]:
+def initial_slots(params: Any, layers: Layers | None) -> list[Slot]:
     """What to keep for each kernel before any statistics have come.
 
-    With `layers` this is exact. Without, it is what Flax's conventions say, wide enough for Dense,
-    DenseGeneral, attention and ungrouped convolutions, stacked or not; statistics of another
-    shape, such as those of grouped convolutions, change it at the first update.
+    With layers from `find_layers` this is exact. Without, it is what Flax's conventions say, wide
+    enough for Dense, DenseGeneral, attention and ungrouped convolutions, stacked or not;
+    statistics of another shape, such as those of grouped convolutions, change it at the first
+    update.
     """
     leaves = named_leaves(params)
     slots = []
     for name, bias in kernels(params, layers).items():
         kernel = tuple(leaves[name].shape)
-        if layers is not None:
+        if isinstance(layers, Mapping):
             axes, shape = layers[name].input_axes, layers[name].stats_shape
         else:
             guess = _guess_input_axes(kernel, tuple(leaves[bias].shape) if bias else None)

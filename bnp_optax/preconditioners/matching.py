@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bnp_optax._tree import KERNEL, absent, is_named, named_leaves, quoted
-from bnp_optax.capture.layer import Layer
-from bnp_optax.preconditioners.layout import Slot, aligned_bias_shape, kernels
+from bnp_optax.preconditioners.layout import Layers, Slot, aligned_bias_shape, kernels
 from bnp_optax.statistics import LayerStats
 
 LEFT_OUT = object()
@@ -22,7 +21,7 @@ _DROPPED = (
 
 
 def match_statistics(
-    grads: Any, layers: Mapping[str, Layer] | None, layer_stats: Any
+    grads: Any, layers: Layers | None, layer_stats: Any
 ) -> list[tuple[Slot, LayerStats]]:
     """The kernels of `grads` with their statistics; none if there is nothing to update.
 
@@ -57,6 +56,12 @@ def match_statistics(
                 "`layers=bnp_optax.find_layers(loss_fn, params, ...)` to the preconditioner."
             )
             raise ValueError(msg)
+        if stats.bias in leaves and stats.bias != expected[name]:
+            msg = (
+                f"`{name}` has the bias `{stats.bias}`, which its name does not tell: pass "
+                "`layers=bnp_optax.find_layers(loss_fn, params, ...)` to the preconditioner."
+            )
+            raise ValueError(msg)
         matched.append((_fit(name, stats, leaves), stats))
     return matched
 
@@ -64,7 +69,7 @@ def match_statistics(
 def _check_strangers(
     grads: Any,
     leaves: Mapping[str, Any],
-    layers: Mapping[str, Layer] | None,
+    layers: Layers | None,
     layer_stats: Mapping[str, Any],
 ) -> None:
     """Statistics of a kernel that is not there, or that nothing says to be one."""
@@ -77,7 +82,7 @@ def _check_strangers(
         )
         raise ValueError(msg)
     unnamed = [name for name in layer_stats if name in leaves and not is_named(name, KERNEL)]
-    if unnamed and layers is None:
+    if unnamed and not isinstance(layers, Mapping):
         msg = (
             f"`layer_stats` has {quoted(unnamed)}, which is not named `{KERNEL}`: pass "
             "`layers=bnp_optax.find_layers(loss_fn, params, ...)` to the preconditioner."

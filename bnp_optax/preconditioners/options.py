@@ -1,13 +1,13 @@
 """The options of `bnp`, for functions that hand them on."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypedDict, TypeVar
 
 from jax.typing import ArrayLike
 
-from bnp_optax.capture.layer import Layer
 from bnp_optax.preconditioners.bnp import Variance, bnp
+from bnp_optax.preconditioners.layout import Layers
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -22,7 +22,7 @@ class BNPOptions(TypedDict, total=False):
     warm_start: bool
     variance: Variance
     batch_size: ArrayLike | None
-    layers: Mapping[str, Layer] | None
+    layers: Layers | None
 
 
 def takes_bnp_options(function: Function) -> Function:

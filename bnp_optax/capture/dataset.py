@@ -1,0 +1,107 @@
+"""Statistics of the input layers from a pass over the data, once and for all."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnp_optax._checks import check_choice
+from bnp_optax.capture import jaxpr
+from bnp_optax.capture.layer import statistics
+from bnp_optax.capture.reading import ConvStatistics, Options
+from bnp_optax.statistics import LayerStats
+
+
+def dataset_statistics(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    conv_statistics: ConvStatistics = "channel",
+) -> dict[str, LayerStats]:
+    """Input statistics over all of `batches`, of the layers whose inputs are the data's alone.
+
+    Those inputs do not change in training, so neither do their statistics. Give them to
+    `value_and_grad` as `fixed`, and these layers, often the widest, are not looked at any more.
+
+    Args:
+      loss_fn: The loss, `loss_fn(params, *batch)`, in any framework.
+      params: The parameters; their values do not matter.
+      batches: The data: tuples of arguments of the loss, or single ones.
+      conv_statistics: As in `value_and_grad`.
+
+    Returns:
+      A dict from kernel name to `LayerStats`: mean and variance over all rows of all batches, with
+      the `count` of the largest batch.
+
+    Raises:
+      ValueError: If there is no batch, or no layer whose inputs do not depend on parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import bnp_optax
+      >>> loss_fn = lambda p, x: jnp.mean((jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"]) ** 2)
+      >>> params = {"w1": jnp.ones((3, 2)), "b1": jnp.zeros(2), "w2": jnp.ones((2, 1))}
+      >>> data = jax.random.normal(jax.random.key(0), (5, 8, 3))  # five batches of eight
+      >>> fixed = bnp_optax.dataset_statistics(loss_fn, params, data)
+      >>> list(fixed), bool(jnp.allclose(fixed["w1"].var[:, 0], data.var((0, 1)), rtol=1e-4))
+      (['w1'], True)
+      >>> loss, grads, stats = bnp_optax.value_and_grad(loss_fn, fixed=fixed)(params, data[0])
+      >>> sorted(stats)
+      ['w1', 'w2']
+    """
+    check_choice("conv_statistics", conv_statistics, ("channel", "patch"))
+    measure = jax.jit(lambda params, batch: _of_batch(loss_fn, params, batch, conv_statistics))
+    parts = [jax.device_get(measure(params, _arguments(batch))) for batch in batches]
+    if not parts:
+        msg = "`batches` is empty: statistics need data."
+        raise ValueError(msg)
+    return {name: _of_all([part[name] for part in parts]) for name in parts[0]}
+
+
+def _arguments(batch: Any) -> tuple[Any, ...]:
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+def _of_batch(
+    loss_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...], conv: ConvStatistics
+) -> dict[str, LayerStats]:
+    found = jaxpr.find(loss_fn, params, batch, {}, Options(conv))
+    names = [
+        name
+        for name, kernel in found.kernels.items()
+        if not any(jaxpr.innermost(use).depends for use in kernel.uses)
+    ]
+    if not names:
+        msg = (
+            "No layer's inputs are the data's alone: those of every layer depend on parameters "
+            "before it (an embedding or a learned scale, say). Leave out `dataset_statistics`."
+        )
+        raise ValueError(msg)
+    return jaxpr.measured(found, names, params)
+
+
+def _of_all(parts: list[LayerStats]) -> LayerStats:
+    """The statistics of the union, in float64 until the end."""
+    counts = np.array([part.count for part in parts], np.float64)
+    shares = counts / counts.sum()
+
+    def mean_of(values: list[Any]) -> np.ndarray:
+        return np.tensordot(shares, np.stack([np.asarray(v, np.float64) for v in values]), 1)
+
+    mean = mean_of([part.mean for part in parts])
+    within = mean_of([part.total_variance for part in parts])
+    between = mean_of([(np.asarray(part.mean, np.float64) - mean) ** 2 for part in parts])
+    first = parts[0]
+    return statistics(
+        jnp.asarray(mean, jnp.float32),
+        jnp.asarray(within + between, jnp.float32),
+        None,
+        jnp.asarray(counts.max(), jnp.float32),
+        kernel=first.kernel,
+        bias=first.bias,
+        input_axes=first.input_axes,
+        positions=first.positions,
+    )
