@@ -278,16 +278,16 @@ def _shard_map(
     found = []
     for use, measure in zip(inner, gathered, strict=True):
         spec = params["in_specs"][use.root]
-        varying = _varying_axes(use)
+        varying = _varying_axes(use) if params["check_vma"] else None
         found.append(_joined(measure, [(a, sizes[a]) for a in axes], spec, varying))
     return outs, found
 
 
-def _varying_axes(use: Use) -> frozenset[str] | None:
-    """The mesh axes over which the inputs of a product differ; None if that is not known."""
-    aval = innermost(use).inputs.aval
+def _varying_axes(use: Use) -> frozenset[str]:
+    """The mesh axes over which the inputs of a product differ."""
+    aval = innermost(use).source.aval
     manual = getattr(aval, "manual_axis_type", aval)
-    return getattr(manual, "varying", getattr(manual, "vma", None)) or None
+    return frozenset(getattr(manual, "varying", getattr(manual, "vma", ())))
 
 
 def _joined(
@@ -296,7 +296,10 @@ def _joined(
     spec: PartitionSpec,
     varying: frozenset[str] | None,
 ) -> Measure:
-    """One measurement from those of all devices, stacked along the leading axis."""
+    """One measurement from those of all devices, stacked along the leading axis.
+
+    `varying` are the mesh axes over which the inputs differ, None if that is not known.
+    """
     n_axes = len(axes)
     measure = measure.map(lambda x: x.reshape(*(size for _, size in axes), *x.shape[1:]))
     position = {name: i for i, (name, _) in enumerate(axes)}

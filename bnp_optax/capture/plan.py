@@ -46,6 +46,7 @@ class Use:
       kind: `'Dense'` or `'Conv'`.
       measure: Makes the reading of a product, given its inputs.
       inputs: The variable that holds these inputs.
+      source: What these inputs were before casts, and before `shard_map` made them vary.
       depends: Whether the inputs depend on parameters.
       name: Of the parameter, for messages.
       biases: Parameters added to the product, with pairs (bias axis, parameter axis).
@@ -62,6 +63,7 @@ class Use:
     kind: str
     measure: Callable[[Any], Reading] | None = None
     inputs: Any = None
+    source: Any = None
     depends: bool = True
     name: str = ""
     biases: "list[Bias]" = dataclasses.field(default_factory=list)
@@ -394,6 +396,9 @@ class _Analysis:
         ndim = len(view.shape)
         reading = measure(jax.ShapeDtypeStruct(inputs.aval.shape, inputs.aval.dtype))
         summed = [axis % ndim for axis in reading.input_axes]
+        source = inputs
+        while not isinstance(source, Literal) and _keeps_values(self.definitions.get(source)):
+            source = self.definitions[source].invars[0]
         entries = []
         for piece in view.pieces:
             input_axes = frozenset().union(*(piece.axes[axis] for axis in summed))
@@ -413,6 +418,7 @@ class _Analysis:
                 kind=kind,
                 measure=measure,
                 inputs=inputs,
+                source=source,
                 depends=self.depends(inputs),
             )
             self.plan.uses.append(use)
@@ -597,11 +603,16 @@ def _place(atom: Any, definitions: dict[Any, Any]) -> Any:
     return eqn.primitive.name, *(_place(operand, definitions) for operand in eqn.invars)
 
 
+def _keeps_values(eqn: Any) -> bool:
+    """Whether an equation only casts, or says where its operand lies."""
+    return eqn is not None and (eqn.primitive in _SAME or eqn.primitive.name in _SAME_NAMES)
+
+
 def _rearranged(view: View, eqn: Any, definitions: dict[Any, Any]) -> View | None:
     """The view that an equation of one view makes, or None if it is no rearrangement."""
     primitive, params = eqn.primitive, eqn.params
     shape: Shape = tuple(eqn.outvars[0].aval.shape)
-    if primitive in _SAME or primitive.name in _SAME_NAMES:
+    if _keeps_values(eqn):
         return view
     if primitive is prims.transpose_p:
         return views.transpose(view, tuple(params["permutation"]))

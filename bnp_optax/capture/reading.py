@@ -234,15 +234,15 @@ def _patch_moments(
     return mean.astype(jnp.float32), var.astype(jnp.float32), mass
 
 
-def _stride(n_rows: int, n_sampled: int) -> int:
-    """A step that spreads the sample over all rows and shares no factor with their number.
+def _sample(n_rows: int, n_chosen: int) -> np.ndarray:
+    """`n_chosen` of `n_rows` rows, one of each of so many equal parts, always the same.
 
-    So that the sample runs over every position of a sequence, and every column of an image.
+    Its place in the part goes by multiples of the golden ratio, so that no period, such as the
+    length of a sequence or the width of an image, hides some of the places.
     """
-    step = max(n_rows // n_sampled, 1)
-    while math.gcd(step, n_rows) > 1:
-        step += 1
-    return step
+    part = np.arange(n_chosen)
+    place = part * ((np.sqrt(5) - 1) / 2) % 1.0
+    return ((part + place) * n_rows / n_chosen).astype(int)
 
 
 def _rows(
@@ -264,7 +264,7 @@ def _rows(
     flat = None if weights is None else _fitted(weights, sizes).ravel().astype(jnp.float32)
     mass = (n_rows if flat is None else jnp.sum(flat), n_rows)
     if n_chosen is not None and sampled:
-        chosen = np.sort(_stride(n_rows, n_chosen) * np.arange(n_chosen) % n_rows)
+        chosen = _sample(n_rows, n_chosen)
         rows, flat = rows[chosen], None if flat is None else flat[chosen]
     if flat is None:
         return rows, (0,), None, mass
