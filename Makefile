@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint notebooks clean
 
 demo: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.demo $(ARGS)
@@ -15,6 +15,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+notebooks: $(VENV)/installed-notebooks
+	$(BIN)/python -m pytest notebooks/test_notebooks.py --quiet
 
 $(VENV)/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from bnp_optax._checks import check_choice, check_non_negative, check_positive
 from bnp_optax.preconditioners import Preconditioner
 from bnp_optax.preconditioners.base import check_preconditioner
+from bnp_optax.transforms.extra_args import derivative_of, gradient_of
 
 Norm = Literal["squared", "l2"]
 Mode = Literal["exact", "forward", "backward"]
@@ -53,8 +54,9 @@ def gradient_regularization(
     strength = alpha radius is the penalty of Zhao et al. with mixing alpha.
 
     **Which to use.** `exact` where second derivatives exist and memory allows. `forward` is
-    cheaper and needs no second derivatives; a radius of SAM's size looks beyond the kinks of ReLU
-    networks, and generalized best in Karakida et al. `l2` keeps its strength as the gradient
+    cheaper and needs no second derivatives. In a ReLU network they are different penalties: the
+    exact product does not see the kinks, a radius of SAM's size looks beyond them, and
+    generalized best in Karakida et al. `l2` keeps its strength as the gradient
     shrinks, the square fades. With adaptive optimizers, warm the strength up from 0 by a schedule.
     Placed before an optimizer it regularizes in p; inside `in_zspace` it is that of z, like
     `zspace_grad_reg`.
@@ -168,10 +170,15 @@ def _regularization(
         length = optax.tree.norm(in_z)
         weight = strength(state.count) if callable(strength) else strength
         # Of a zero gradient, both norms' gradients are taken to be 0.
-        safe = jnp.where(length > 0.0, length, 1.0)
-        unit = _scaled(jnp.where(length > 0.0, 1.0 / safe, 0.0), direction)
-        curvature = _derivative(grad_fn, params, updates, unit, mode, radius)
-        weight = 2.0 * weight * length if norm == "squared" else weight
+        inverse = jnp.where(length > 0.0, 1.0 / jnp.where(length > 0.0, length, 1.0), 0.0)
+        if mode == "exact":
+            # Along the gradient as it is: scaled to length 1, it would be one more copy of it.
+            curvature = derivative_of(grad_fn, params, direction)
+            weight = 2.0 * weight if norm == "squared" else weight * inverse
+        else:
+            step = jnp.asarray(radius) * (1.0 if mode == "forward" else -1.0)
+            curvature = _difference(grad_fn, params, updates, direction, step * inverse)
+            weight = (2.0 * weight * length if norm == "squared" else weight) / step
         updates = jax.tree.map(lambda g, h: (g + weight * h).astype(g.dtype), updates, curvature)
         return updates, GradientRegularizationState(state.count + 1, p_state)
 
@@ -186,7 +193,7 @@ def _grad_fn(params: Any, extra_args: dict[str, Any]) -> GradFn:
     if extra_args.get("grad_fn") is not None:
         return extra_args["grad_fn"]
     if extra_args.get("value_fn") is not None:
-        return jax.grad(extra_args["value_fn"])
+        return gradient_of(extra_args["value_fn"])
     msg = (
         "Gradient regularization needs the gradient as a function of the parameters. Add it: "
         "`tx.update(grads, state, params, grad_fn=lambda p: jax.grad(loss_fn)(p, *batch))`, or "
@@ -195,17 +202,7 @@ def _grad_fn(params: Any, extra_args: dict[str, Any]) -> GradFn:
     raise ValueError(msg)
 
 
-def _scaled(factor: Array, tree: Any) -> Any:
-    return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
-
-
-def _derivative(
-    grad_fn: GradFn, params: Any, grads: Any, direction: Any, mode: Mode, radius: ArrayLike
-) -> Any:
-    """H times `direction`, exact or by a finite difference from `grads`."""
-    if mode == "exact":
-        direction = jax.tree.map(lambda p, d: d.astype(p.dtype), params, direction)
-        return jax.jvp(grad_fn, (params,), (direction,))[1]
-    step = jnp.asarray(radius) * (1.0 if mode == "forward" else -1.0)
+def _difference(grad_fn: GradFn, params: Any, grads: Any, direction: Any, step: Array) -> Any:
+    """The gradient at a distance along `direction`, less that at `params`."""
     moved = jax.tree.map(lambda p, d: (p + step * d).astype(p.dtype), params, direction)
-    return jax.tree.map(lambda there, here: (there - here) / step, grad_fn(moved), grads)
+    return jax.tree.map(jnp.subtract, grad_fn(moved), grads)

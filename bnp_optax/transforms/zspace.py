@@ -11,8 +11,16 @@ from jaxtyping import Array
 
 from bnp_optax.preconditioners import Preconditioner
 from bnp_optax.preconditioners.base import check_preconditioner
-from bnp_optax.transforms.extra_args import update_inner
+from bnp_optax.transforms.extra_args import (
+    derivative_of,
+    gradient_of,
+    update_inner,
+    with_derivative,
+    with_gradient,
+)
 from bnp_optax.transforms.proximal_l1 import ProximalL1State
+
+Map = Callable[[Any], Any]
 
 
 class InZspaceState(NamedTuple):
@@ -46,7 +54,8 @@ def in_zspace(
         other than `layer_stats`.
       preconditioner: Such as `bnp()`. It is refreshed with the gradient as it comes.
       before: What the gradient goes through in p, before P^T, such as Adam's momentum; None for
-        nothing.
+        nothing. A `gradient_regularization` in `inner` would take that momentum for the gradient:
+        use `before=optax.chain(zspace_grad_reg(strength, preconditioner), optax.ema(decay))`.
 
     Returns:
       A transformation with state `InZspaceState`.
@@ -86,13 +95,12 @@ def in_zspace(
         updates, first_state = update_inner(first, updates, state.before, params, extra_args)
         to_p = functools.partial(preconditioner.apply, p_state)
         pull_back = functools.partial(preconditioner.apply_transpose, p_state)
-        if extra_args.get("value_fn") is not None:
-            extra_args["value_fn"] = _mapped(extra_args["value_fn"], to_p, lambda value: value)
-        if extra_args.get("grad_fn") is not None:
-            extra_args["grad_fn"] = _mapped(extra_args["grad_fn"], to_p, pull_back)
         if extra_args.get("grad") is not None:
             extra_args["grad"] = pull_back(extra_args["grad"])
         z = None if params is None else preconditioner.solve(p_state, params)
+        for name, mapped in (("value_fn", _mapped_value), ("grad_fn", _mapped_gradient)):
+            if extra_args.get(name) is not None:
+                extra_args[name] = mapped(extra_args[name], params, z, to_p, pull_back)
         z_updates, inner_state = update_inner(inner, pull_back(updates), state.inner, z, extra_args)
         updates = to_p(z_updates)
         if params is not None and _may_set_zeros(inner_state):
@@ -122,13 +130,32 @@ def _exact_zero(update: Array, p: Array, z_update: Array, z: Array) -> Array:
     return jnp.where(vanishes(z, z_update) & vanishes(p, update), -p, update).astype(update.dtype)
 
 
-def _mapped(
-    function: Callable[..., Any], to_p: Callable[[Any], Any], then: Callable[[Any], Any]
+def _mapped_value(
+    value_fn: Callable[..., Any], params: Any, z: Any, to_p: Map, pull_back: Map
 ) -> Callable[..., Any]:
-    """`function` of p as one of z."""
+    """`value_fn` of p as one of z."""
 
-    @functools.wraps(function)
+    @functools.wraps(value_fn)
     def of_z(z: Any, *args: Any, **kwargs: Any) -> Any:
-        return then(function(to_p(z), *args, **kwargs))
+        return value_fn(to_p(z), *args, **kwargs)
 
-    return of_z
+    gradient = _mapped_gradient(gradient_of(value_fn), params, z, to_p, pull_back)
+    return with_gradient(of_z, gradient)
+
+
+def _mapped_gradient(
+    grad_fn: Callable[..., Any], params: Any, z: Any, to_p: Map, pull_back: Map
+) -> Callable[..., Any]:
+    """`grad_fn` of p as one of z.
+
+    At z, its derivative is taken at p itself: P(P^-1 p) is p but for rounding, so there the
+    gradient that the training step has computed already would be computed once more.
+    """
+
+    @functools.wraps(grad_fn)
+    def of_z(z: Any, *args: Any, **kwargs: Any) -> Any:
+        return pull_back(grad_fn(to_p(z), *args, **kwargs))
+
+    return with_derivative(
+        of_z, z, lambda direction: pull_back(derivative_of(grad_fn, params, to_p(direction)))
+    )
