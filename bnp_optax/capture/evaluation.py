@@ -285,7 +285,7 @@ def _shard_map(
 
 def _varying_axes(use: Use) -> frozenset[str]:
     """The mesh axes over which the inputs of a product differ."""
-    aval = innermost(use).source.aval
+    aval = innermost(use).inputs.aval
     manual = getattr(aval, "manual_axis_type", aval)
     return frozenset(getattr(manual, "varying", getattr(manual, "vma", ())))
 

@@ -46,7 +46,6 @@ class Use:
       kind: `'Dense'` or `'Conv'`.
       measure: Makes the reading of a product, given its inputs.
       inputs: The variable that holds these inputs.
-      source: What these inputs were before casts, and before `shard_map` made them vary.
       depends: Whether the inputs depend on parameters.
       name: Of the parameter, for messages.
       biases: Parameters added to the product, with pairs (bias axis, parameter axis).
@@ -63,7 +62,6 @@ class Use:
     kind: str
     measure: Callable[[Any], Reading] | None = None
     inputs: Any = None
-    source: Any = None
     depends: bool = True
     name: str = ""
     biases: "list[Bias]" = dataclasses.field(default_factory=list)
@@ -396,9 +394,10 @@ class _Analysis:
         ndim = len(view.shape)
         reading = measure(jax.ShapeDtypeStruct(inputs.aval.shape, inputs.aval.dtype))
         summed = [axis % ndim for axis in reading.input_axes]
-        source = inputs
-        while not isinstance(source, Literal) and _keeps_values(self.definitions.get(source)):
-            source = self.definitions[source].invars[0]
+        # What is measured is what came before a cast, whose digits a small spread needs, and before
+        # `shard_map` made it vary over devices.
+        while not isinstance(inputs, Literal) and _is_cast(self.definitions.get(inputs)):
+            inputs = self.definitions[inputs].invars[0]
         entries = []
         for piece in view.pieces:
             input_axes = frozenset().union(*(piece.axes[axis] for axis in summed))
@@ -418,7 +417,6 @@ class _Analysis:
                 kind=kind,
                 measure=measure,
                 inputs=inputs,
-                source=source,
                 depends=self.depends(inputs),
             )
             self.plan.uses.append(use)
@@ -603,16 +601,17 @@ def _place(atom: Any, definitions: dict[Any, Any]) -> Any:
     return eqn.primitive.name, *(_place(operand, definitions) for operand in eqn.invars)
 
 
-def _keeps_values(eqn: Any) -> bool:
-    """Whether an equation only casts, or says where its operand lies."""
-    return eqn is not None and (eqn.primitive in _SAME or eqn.primitive.name in _SAME_NAMES)
+def _is_cast(eqn: Any) -> bool:
+    return eqn is not None and (
+        eqn.primitive is prims.convert_element_type_p or eqn.primitive.name in _SAME_NAMES
+    )
 
 
 def _rearranged(view: View, eqn: Any, definitions: dict[Any, Any]) -> View | None:
     """The view that an equation of one view makes, or None if it is no rearrangement."""
     primitive, params = eqn.primitive, eqn.params
     shape: Shape = tuple(eqn.outvars[0].aval.shape)
-    if _keeps_values(eqn):
+    if primitive in _SAME or primitive.name in _SAME_NAMES:
         return view
     if primitive is prims.transpose_p:
         return views.transpose(view, tuple(params["permutation"]))
@@ -639,13 +638,14 @@ def _add_bias(product: Product, bias: View) -> None:
     if bias.altered or len(bias.pieces) != len(product.entries):
         return
     for (use, axes), piece in zip(product.entries, bias.pieces, strict=True):
-        pairs = frozenset(
-            pair
-            # A scalar is added without axes of its own.
-            for ours, theirs in zip(piece.axes, axes if piece.axes else (), strict=True)
-            for pair in _paired(ours, theirs)
-        )
-        use.biases.append(Bias(piece.root, pairs | _paired_cuts(piece, use.piece)))
+        pairs: set[tuple[int, int]] = set()
+        # A scalar is added without axes of its own.
+        along = zip(piece.axes, axes if piece.axes else (), strict=True)
+        for theirs, run in itertools.groupby(along, key=lambda pair: pair[1]):
+            # Merged axes of the kernel, taken apart again, run along several of the result's.
+            ours = frozenset().union(*(axis for axis, _ in run))
+            pairs.update(_paired(ours, theirs))
+        use.biases.append(Bias(piece.root, frozenset(pairs | _paired_cuts(piece, use.piece))))
 
 
 def _paired(ours: frozenset[int], theirs: frozenset[int]) -> list[tuple[int, int]]:
