@@ -26,7 +26,67 @@ READY_MADE: dict[str, Callable[[Any], Any]] = {
     "bnp_sgd_momentum": functools.partial(bnp_optax.bnp_sgd, momentum=0.9),
     "bnp_adam": bnp_optax.bnp_adam,
     "bnp_adamw": bnp_optax.bnp_adamw,
+    "adam_l1": functools.partial(bnp_optax.adam_l1, l1=0.1),
 }
+
+
+def regularized_by_hand(strength: float) -> optax.GradientTransformation:
+    """Gradient regularization of `bare_loss`, whose Hessian is 2 / size in each leaf."""
+
+    def update(grads: Any, params: Any) -> Any:
+        return jax.tree.map(lambda g: (1.0 + 4.0 * strength / g.size) * g, grads)
+
+    return optax.stateless(update)
+
+
+def thresholded(updates: Any, params: Any, threshold: Any) -> Any:
+    """`updates` that end at the soft threshold of where they led, kernels only."""
+
+    def end(path: Any, u: jax.Array, p: jax.Array, t: Any) -> jax.Array:
+        is_kernel = p.ndim >= 2 and "bias" not in jax.tree_util.keystr(path)
+        x = p + u
+        return jnp.sign(x) * jnp.maximum(jnp.abs(x) - t, 0.0) - p if is_kernel else u
+
+    return jax.tree.map_with_path(end, updates, params, threshold)
+
+
+def sgd_l1_by_hand(learning_rate: float, l1: float) -> optax.GradientTransformation:
+    def update(grads: Any, params: Any) -> Any:
+        steps = optax.tree.scale(-learning_rate, grads)
+        return thresholded(steps, params, optax.tree.full_like(params, l1 * learning_rate))
+
+    return optax.stateless(update)
+
+
+def adam_l1_by_hand(learning_rate: float, l1: float) -> optax.GradientTransformation:
+    """Adam, and then the soft threshold at l1 * learning_rate * P_ii."""
+    adam = optax.adam(learning_rate)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = adam.update(grads, state, params)
+        rest = 1.0 - 0.999 ** state[0].count
+        threshold = jax.tree.map(
+            lambda v: l1 * learning_rate / jnp.sqrt(jnp.sqrt(v / rest) + 1e-8), state[0].nu
+        )
+        return thresholded(updates, params, threshold), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+def forward_regularization(strength: Any) -> optax.GradientTransformationExtraArgs:
+    """With a distance that rounding does not swallow; on a quadratic any is exact."""
+    return bnp_optax.gradient_regularization(strength, mode="forward", radius=0.5)
+
+
+def regularization_in_z(strength: Any) -> optax.GradientTransformationExtraArgs:
+    return bnp_optax.zspace_grad_reg(strength, bnp())
+
+
+def sgd_l1(strength: Any = 0.5, learning_rate: Any = 0.1) -> optax.GradientTransformationExtraArgs:
+    """`proximal_l1` in its place, last."""
+    return optax.chain(optax.sgd(learning_rate), bnp_optax.proximal_l1(strength, learning_rate))
+
+
 # Each transformation, and what it is where there is no layer to precondition.
 TRANSFORMATIONS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "bnp_precondition": (bnp_precondition, optax.identity),
@@ -47,18 +107,58 @@ TRANSFORMATIONS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     ),
     "bnp_adam": (lambda: READY_MADE["bnp_adam"](1e-3), lambda: optax.adam(1e-3)),
     "bnp_adamw": (lambda: READY_MADE["bnp_adamw"](1e-3), lambda: optax.adamw(1e-3)),
+    "gradient_regularization": (
+        lambda: bnp_optax.gradient_regularization(0.1),
+        lambda: regularized_by_hand(0.1),
+    ),
+    "gradient_regularization_forward": (
+        lambda: forward_regularization(0.1),
+        lambda: regularized_by_hand(0.1),
+    ),
+    "zspace_grad_reg": (lambda: regularization_in_z(0.1), lambda: regularized_by_hand(0.1)),
+    "proximal_l1": (sgd_l1, lambda: sgd_l1_by_hand(0.1, 0.5)),
+    "adam_l1": (lambda: READY_MADE["adam_l1"](0.1), lambda: adam_l1_by_hand(0.1, 0.1)),
+    "precondition_rms": (
+        lambda: precondition(bnp_optax.rms()),
+        lambda: optax.scale_by_rms(0.999, eps_in_sqrt=False, bias_correction=True),
+    ),
+    "precondition_adagrad": (
+        lambda: precondition(bnp_optax.adagrad()),
+        optax.scale_by_rss,
+    ),
 }
-PRECONDITIONING = [name for name in TRANSFORMATIONS if not name.endswith("weight_decay")]
+# Those that take the Hessian from `grad_fn`.
+REGULARIZING = ("gradient_regularization", "gradient_regularization_forward", "zspace_grad_reg")
+# Those that look at each leaf alone, in a layer or not.
+LEAFWISE = (
+    "zspace_weight_decay",
+    "pspace_weight_decay",
+    "proximal_l1",
+    "adam_l1",
+    "precondition_rms",
+    "precondition_adagrad",
+)
+# Those that precondition layers, from `layer_stats`.
+PRECONDITIONING = [
+    name
+    for name in TRANSFORMATIONS
+    if name not in LEAFWISE and not name.startswith("gradient_regularization")
+]
 
 
 def make(name: str) -> optax.GradientTransformationExtraArgs:
     return TRANSFORMATIONS[name][0]()
 
 
+def counterpart(name: str) -> optax.GradientTransformationExtraArgs:
+    return optax.with_extra_args_support(TRANSFORMATIONS[name][1]())
+
+
 def descent(name: str) -> optax.GradientTransformationExtraArgs:
     """The transformation, followed by a step downhill where it does not take one."""
     tx = make(name)
-    return tx if name in (*READY_MADE, "in_zspace") else optax.chain(tx, optax.scale(-0.1))
+    steps = (*READY_MADE, "in_zspace", "proximal_l1")
+    return tx if name in steps else optax.chain(tx, optax.scale(-0.1))
 
 
 class Net(nn.Module):
@@ -80,8 +180,26 @@ def bare_loss(params: Any, batch: jax.Array) -> jax.Array:
     return sum(jnp.mean((leaf - batch.mean()) ** 2) for leaf in jax.tree.leaves(params))
 
 
+def filled(part: Any, whole: Any) -> Any:
+    """`part`, with the leaves of `whole` where it has none, or a mask."""
+    if isinstance(whole, dict):
+        return {key: filled(part.get(key), leaf) for key, leaf in whole.items()}
+    return whole if part is None or isinstance(part, optax.MaskedNode) else part
+
+
+def cut(whole: Any, part: Any) -> Any:
+    """Those leaves of `whole` that `part` has."""
+    if isinstance(part, dict):
+        return {key: cut(whole[key], leaf) for key, leaf in part.items()}
+    return part if isinstance(part, optax.MaskedNode) else whole
+
+
 class Problem(NamedTuple):
-    """Parameters, batches, and the gradient and extra arguments of a step."""
+    """Parameters, batches, and the gradient and extra arguments of a step.
+
+    The extra arguments are the layers' statistics, if there are layers, and `grad_fn`. Given a part
+    of the parameters, that holds the others where they are.
+    """
 
     params: Any
     batches: jax.Array
@@ -97,18 +215,25 @@ def problem_of(kind: str) -> Problem:
     if kind == "net":
         params = Net().init(jax.random.key(1), batches[0])["params"]
 
-        @jax.jit
+        compiled = jax.jit(bnp_optax.value_and_grad(net_loss))
+        gradient = jax.jit(jax.grad(net_loss))
+
         def evaluate(params: Any, batch: jax.Array) -> tuple[Any, dict[str, Any]]:
-            _, grads, stats = bnp_optax.value_and_grad(net_loss)(params, batch)
-            return grads, {"layer_stats": stats}
+            def grad_fn(part: Any) -> Any:
+                return cut(gradient(filled(part, params), batch), part)
+
+            _, grads, stats = compiled(params, batch)
+            return grads, {"layer_stats": stats, "grad_fn": grad_fn}
     else:
         array = jnp.array([0.5, -1.0, 2.0], jnp.float32)
         matrix = jnp.array([[1.0, -2.0], [0.5, 3.0]], jnp.float32)
         params = {"array": array, "tuple": (array, matrix)}[kind]
 
-        @jax.jit
+        gradient = jax.jit(jax.grad(bare_loss))
+
         def evaluate(params: Any, batch: jax.Array) -> tuple[Any, dict[str, Any]]:
-            return jax.grad(bare_loss)(params, batch), {}
+            grad_fn = functools.partial(gradient, batch=batch)
+            return grad_fn(params), {"grad_fn": grad_fn}
 
     steps = [evaluate(params, batch) for batch in batches]
     return Problem(params, batches, evaluate, steps)
@@ -180,14 +305,21 @@ def test_takes_extra_arguments(tx: Any) -> None:
 @pytest.mark.parametrize("kind", ["array", "tuple"])
 def test_without_layers_is_its_optax_counterpart(name: str, kind: str) -> None:
     ours, _ = run(make(name), problem_of(kind))
-    theirs, _ = run(TRANSFORMATIONS[name][1](), problem_of(kind))
+    theirs, _ = run(counterpart(name), problem_of(kind))
     assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", LEAFWISE)
+def test_leafwise_is_its_optax_counterpart_on_layers_too(name: str) -> None:
+    ours, _ = run(make(name), problem_of("net"))
+    assert_close(ours, run(counterpart(name), problem_of("net"))[0])
 
 
 @pytest.mark.parametrize("name", PRECONDITIONING)
 def test_with_layers_is_not_its_optax_counterpart(name: str) -> None:
     ours, state = run(make(name), problem_of("net"))
-    theirs, _ = run(optax.with_extra_args_support(TRANSFORMATIONS[name][1]()), problem_of("net"))
+    plain = make("gradient_regularization") if name == "zspace_grad_reg" else counterpart(name)
+    theirs, _ = run(plain, problem_of("net"))
     assert seen(state) == {N_STEPS}
     assert not np.allclose(ours[0]["Conv_0"]["kernel"], theirs[0]["Conv_0"]["kernel"], rtol=0.1)
 
@@ -205,7 +337,9 @@ def test_names_of_one_thing_agree() -> None:
 def test_in_zspace_hands_on_the_extra_arguments_that_are_not_its_own() -> None:
     received = []
 
-    def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, *, grad_fn: Any, **extra: Any
+    ) -> tuple[Any, Any]:
         received.append(extra)
         return updates, state
 
@@ -248,7 +382,14 @@ def test_bfloat16_is_the_same_up_to_rounding(tx: Any) -> None:
         assert_close(step, expected, rtol=0.0, atol=0.02 * float(optax.tree.norm(expected)))
 
 
-@pytest.mark.parametrize("name", ["bnp_precondition", "bnp_adam"])
+GIVEN_LAYERS = {
+    "bnp_precondition": bnp_precondition,
+    "bnp_adam": functools.partial(bnp_optax.bnp_adam, 0.1),
+    "zspace_grad_reg": lambda layers: bnp_optax.zspace_grad_reg(0.1, bnp(layers=layers)),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN_LAYERS)
 def test_layers_settle_the_state_of_a_grouped_convolution(name: str) -> None:
     model, x = nn.Conv(4, (2, 2), feature_group_count=2), jnp.ones((8, 3, 3, 4))
     params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
@@ -256,14 +397,13 @@ def test_layers_settle_the_state_of_a_grouped_convolution(name: str) -> None:
     def loss_fn(params: Any) -> jax.Array:
         return jnp.mean(model.apply({"params": params}, x) ** 2)
 
-    learning_rate = {"learning_rate": 0.1} if name in READY_MADE else {}
-    layers = bnp_optax.find_layers(loss_fn, params)
-    tx = getattr(bnp_optax, name)(**learning_rate, layers=layers)
+    tx = GIVEN_LAYERS[name](layers=bnp_optax.find_layers(loss_fn, params))
 
     def step(params: Any) -> tuple[Any, Any]:
         state = tx.init(params)
         _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params)
-        return state, tx.update(grads, state, params, layer_stats=stats)[1]
+        extra = {"layer_stats": stats, "grad_fn": jax.grad(loss_fn)}
+        return state, tx.update(grads, state, params, **extra)[1]
 
     before, after = jax.eval_shape(step, params)
     assert avals(after) == avals(before)
@@ -349,13 +489,8 @@ HIDDEN = {
 }
 
 
-@pytest.mark.parametrize("hidden", HIDDEN.values(), ids=HIDDEN)
-def test_masked_is_the_same_on_a_tree_without_the_leaf(name: str, hidden: Any) -> None:
-    problem = problem_of("net")
-    mask = {
-        layer: {leaf: not hidden(layer, leaf) for leaf in leaves}
-        for layer, leaves in problem.params.items()
-    }
+def part_of(problem: Problem, hidden: Callable[[str, str], bool]) -> Problem:
+    """`problem`, of `Net`, less the leaves that `hidden` names, in its statistics too."""
 
     def prune(stats: dict[str, LayerStats]) -> dict[str, LayerStats]:
         kept = {k: s for k, s in stats.items() if not hidden(*k.split("/"))}
@@ -365,11 +500,20 @@ def test_masked_is_the_same_on_a_tree_without_the_leaf(name: str, hidden: Any) -
         }
 
     steps = [
-        (without(grads, hidden), {"layer_stats": prune(extra["layer_stats"])})
+        (without(grads, hidden), extra | {"layer_stats": prune(extra["layer_stats"])})
         for grads, extra in problem.steps
     ]
-    pruned = problem._replace(params=without(problem.params, hidden), steps=steps)
-    expected, _ = run(make(name), pruned)
+    return problem._replace(params=without(problem.params, hidden), steps=steps)
+
+
+@pytest.mark.parametrize("hidden", HIDDEN.values(), ids=HIDDEN)
+def test_masked_is_the_same_on_a_tree_without_the_leaf(name: str, hidden: Any) -> None:
+    problem = problem_of("net")
+    mask = {
+        layer: {leaf: not hidden(layer, leaf) for leaf in leaves}
+        for layer, leaves in problem.params.items()
+    }
+    expected, _ = run(make(name), part_of(problem, hidden))
     updates, _ = run(optax.masked(make(name), mask), problem)
     assert_close([without(step, hidden) for step in updates], expected)
     for step, (grads, _) in zip(updates, problem.steps, strict=True):
@@ -383,8 +527,27 @@ def test_partition_with_a_transformation_for_each_label(name: str) -> None:
     labels = {layer: layer.partition("_")[0] for layer in problem.params}
     parted = optax.partition({"Conv": make(name), "Dense": make(name)}, labels)
     updates, state = run(parted, problem)
-    assert_close(updates, run(make(name), problem)[0])
+    if name in REGULARIZING:  # Curvature between the parts is none of either's.
+        convs, _ = run(make(name), part_of(problem, lambda layer, leaf: labels[layer] != "Conv"))
+        denses, _ = run(make(name), part_of(problem, lambda layer, leaf: labels[layer] != "Dense"))
+        drop_empty = [
+            {layer: conv[layer] or dense[layer] for layer in labels}
+            for conv, dense in zip(convs, denses, strict=True)
+        ]
+        assert_close(updates, drop_empty)
+    else:
+        assert_close(updates, run(make(name), problem)[0])
     assert len(bnp_states(state)) == (2 if name in PRECONDITIONING else 0)
+
+
+def preconditioned_by_rms(decay: Any, eps: Any) -> optax.GradientTransformationExtraArgs:
+    return precondition(bnp_optax.rms(decay, eps))
+
+
+def preconditioned_by_adagrad(
+    eps: Any, initial_accumulator_value: Any
+) -> optax.GradientTransformationExtraArgs:
+    return precondition(bnp_optax.adagrad(eps, initial_accumulator_value))
 
 
 INJECTED = {
@@ -395,6 +558,22 @@ INJECTED = {
     "bnp_adamw": (bnp_optax.bnp_adamw, {"learning_rate": 0.1, "weight_decay": 0.1}),
     "zspace_weight_decay": (bnp_optax.zspace_weight_decay, {"weight_decay": 0.1}),
     "pspace_weight_decay": (bnp_optax.pspace_weight_decay, {"weight_decay": 0.1}),
+    "gradient_regularization": (bnp_optax.gradient_regularization, {"strength": 0.1}),
+    "gradient_regularization_forward": (
+        functools.partial(bnp_optax.gradient_regularization, mode="forward"),
+        {"strength": 0.1, "radius": 0.5},
+    ),
+    "zspace_grad_reg": (
+        functools.partial(bnp_optax.zspace_grad_reg, preconditioner=bnp()),
+        {"strength": 0.1},
+    ),
+    "proximal_l1": (bnp_optax.proximal_l1, {"strength": 0.5, "learning_rate": 0.1}),
+    "adam_l1": (bnp_optax.adam_l1, {"learning_rate": 0.1, "l1": 0.1, "b1": 0.8, "b2": 0.99}),
+    "precondition_rms": (preconditioned_by_rms, {"decay": 0.9, "eps": 1e-3}),
+    "precondition_adagrad": (
+        preconditioned_by_adagrad,
+        {"eps": 1e-3, "initial_accumulator_value": 0.2},
+    ),
 }
 
 
@@ -428,23 +607,46 @@ def test_injected_hyperparameters_may_be_set_and_traced(injected: str) -> None:
     assert avals(jax.eval_shape(first_updates, halved)) == avals(updates)
 
 
-@pytest.mark.parametrize("injected", ["bnp_sgd", "bnp_adam"])
+SCHEDULES = {
+    "bnp_sgd": ("learning_rate", "decay"),
+    "bnp_adam": ("learning_rate", "decay"),
+    "gradient_regularization": ("strength",),
+    "adam_l1": ("learning_rate", "l1"),
+}
+
+
+@pytest.mark.parametrize("injected", SCHEDULES)
 def test_injected_schedules_follow_the_count(injected: str) -> None:
     factory, _ = INJECTED[injected]
     problem = problem_of("net")
-    tx = optax.inject_hyperparams(factory)(
-        learning_rate=lambda count: 0.1 * (count + 1.0), decay=lambda count: 0.5 + 0.1 * count
-    )
+    schedules = {
+        option: lambda count, i=i: 0.1 * (count + i + 1.0)
+        for i, option in enumerate(SCHEDULES[injected])
+    }
+    tx = optax.inject_hyperparams(factory)(**schedules)
     state = tx.init(problem.params)
     for count, (grads, extra) in enumerate(problem.steps):
         _, state = tx.update(grads, state, problem.params, **extra)
-        assert state.hyperparams["learning_rate"] == pytest.approx(0.1 * (count + 1))
-        assert state.hyperparams["decay"] == pytest.approx(0.5 + 0.1 * count)
+        for i, option in enumerate(SCHEDULES[injected]):
+            assert state.hyperparams[option] == pytest.approx(0.1 * (count + i + 1))
 
 
-@pytest.mark.parametrize("name", READY_MADE)
+# Of one scalar, for which a schedule may stand.
+SCALED = READY_MADE | {
+    "adam_l1_by_l1": functools.partial(bnp_optax.adam_l1, 0.1),
+    "gradient_regularization": bnp_optax.gradient_regularization,
+    "gradient_regularization_forward": forward_regularization,
+    "zspace_grad_reg": regularization_in_z,
+    "proximal_l1": functools.partial(sgd_l1, learning_rate=0.1),
+    "proximal_l1_by_learning_rate": sgd_l1,
+    "zspace_weight_decay": bnp_optax.zspace_weight_decay,
+    "pspace_weight_decay": bnp_optax.pspace_weight_decay,
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
 def test_a_constant_schedule_is_a_learning_rate(name: str) -> None:
-    factory, problem = READY_MADE[name], problem_of("net")
+    factory, problem = SCALED[name], problem_of("net")
     scheduled = factory(optax.constant_schedule(0.1))
     assert_close(run(scheduled, problem)[0], run(factory(0.1), problem)[0])
 
@@ -486,9 +688,7 @@ def test_schedule_free_starts_with_the_step_it_wraps(name: str, tree_problem: Pr
 
 
 PASSING = {
-    "selective_transform": lambda tx: optax.selective_transform(
-        tx, freeze_mask=jax.tree.map(lambda _: False, problem_of("net").params)
-    ),
+    "selective_transform": lambda tx: optax.selective_transform(tx, freeze_mask=False),
     "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda step: True),
     "conditionally_mask": lambda tx: optax.conditionally_mask(tx, lambda step: True),
     "with_extra_args_support": optax.with_extra_args_support,
@@ -511,6 +711,17 @@ def test_wrapper_passes_layer_stats_on(wrap: Any) -> None:
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("wrap", PASSING.values(), ids=PASSING)
+def test_wrapper_passes_grad_fn_on(wrap: Any) -> None:
+    tx = make("gradient_regularization")
+    with jax.disable_jit():
+        _, state = run(wrap(tx), problem_of("tuple"), {"value": jnp.ones(())})
+    _, expected = run(tx, problem_of("tuple"))
+    is_ours = lambda node: isinstance(node, type(expected))  # noqa: E731
+    (found,) = filter(is_ours, jax.tree.leaves(state, is_leaf=is_ours))
+    assert_same(found, expected)
+
+
 # Wrappers that lose the statistics: each of these facts is one that the user can be told.
 
 
@@ -526,14 +737,15 @@ LOSING = {
 }
 
 
-@pytest.mark.parametrize("name", PRECONDITIONING)
+@pytest.mark.parametrize("name", list(dict.fromkeys([*PRECONDITIONING, *REGULARIZING])))
 @pytest.mark.parametrize("wrap", LOSING.values(), ids=LOSING)
 def test_wrapper_that_drops_layer_stats_is_an_error(wrap: Any, name: str) -> None:
     problem = problem_of("net")
     wrapped = wrap(make(name))
     state = wrapped.init(problem.params)
     grads, extra = problem.steps[0]
-    with pytest.raises(ValueError, match="`layer_stats` was left out"):
+    missed = r"Add it: .*grad_fn=" if name in REGULARIZING else "`layer_stats` was left out"
+    with pytest.raises(ValueError, match=missed):
         wrapped.update(grads, state, problem.params, **extra)
 
 
@@ -680,14 +892,12 @@ def test_state_survives_pickle_and_flax_serialization(tx: Any, tree_problem: Pro
     assert_same(flax.serialization.from_bytes(fresh, as_bytes), state)
 
 
-@pytest.mark.parametrize("name", READY_MADE)
+@pytest.mark.parametrize("name", [*READY_MADE, *REGULARIZING, *LEAFWISE])
 def test_training_continues_from_an_orbax_checkpoint(name: str, tmp_path: Any) -> None:
-    problem = problem_of("net")
+    problem, tx = problem_of("net" if name in PRECONDITIONING else "tuple"), descent(name)
 
     def create() -> bnp_optax.TrainState:
-        return bnp_optax.TrainState.create(
-            apply_fn=Net().apply, params=problem.params, tx=make(name)
-        )
+        return bnp_optax.TrainState.create(apply_fn=Net().apply, params=problem.params, tx=tx)
 
     def proceed(state: bnp_optax.TrainState) -> bnp_optax.TrainState:
         for grads, extra in problem.steps:
@@ -728,6 +938,13 @@ def nnx_steps(tx: Any, transform: Callable[..., Any]) -> tuple[Any, Any]:
     state = tx.init(params)
     shapes = [leaf.shape for leaf in jax.tree.leaves(nnx.state(optimizer))]
 
+    def loss(params: Any) -> jax.Array:
+        first, last = params["first"], params["last"]
+        hidden = jnp.tanh(x @ first["kernel"] + first["bias"][None])
+        return jnp.mean((hidden @ last["kernel"] - 1.0) ** 2)
+
+    grad_fn = jax.grad(loss)
+
     @transform
     def step(model: NNXNet, optimizer: nnx.Optimizer) -> tuple[Any, Any]:
         stats = {
@@ -735,12 +952,12 @@ def nnx_steps(tx: Any, transform: Callable[..., Any]) -> tuple[Any, Any]:
             "last/kernel": dense_stats(jnp.tanh(model.first(x)), "last/kernel", None),
         }
         grads = nnx.grad(lambda model: jnp.mean((model(x) - 1.0) ** 2))(model)
-        optimizer.update(model, grads, layer_stats=stats)
+        optimizer.update(model, grads, layer_stats=stats, grad_fn=grad_fn)
         return nnx.to_pure_dict(grads), stats
 
     for _ in range(2):
         grads, stats = step(model, optimizer)
-        updates, state = tx.update(grads, state, params, layer_stats=stats)
+        updates, state = tx.update(grads, state, params, layer_stats=stats, grad_fn=grad_fn)
         params = optax.apply_updates(params, updates)
     assert shapes == [leaf.shape for leaf in jax.tree.leaves(nnx.state(optimizer))]
     return nnx.to_pure_dict(nnx.state(model, nnx.Param)), params
@@ -771,18 +988,38 @@ STARTS = {
     "parabola_on_a_tuple": (parabola, (jnp.zeros(2), jnp.full((2, 2), 3.0)), 3_000),
     "rosenbrock": (rosenbrock, jnp.zeros(2), 30_000),
 }
-LEARNING_RATES = {"bnp_sgd": 1e-3, "bnp_sgd_momentum": 1e-3, "bnp_adam": 1e-2, "bnp_adamw": 1e-2}
+TOOK = {
+    "bnp_sgd": lambda: READY_MADE["bnp_sgd"](1e-3),
+    "bnp_sgd_momentum": lambda: READY_MADE["bnp_sgd_momentum"](1e-3),
+    "bnp_adam": lambda: READY_MADE["bnp_adam"](1e-2),
+    "bnp_adamw": lambda: READY_MADE["bnp_adamw"](1e-2),
+    "adam_l1": lambda: READY_MADE["adam_l1"](1e-2),
+    "gradient_regularization": lambda: optax.chain(
+        bnp_optax.gradient_regularization(1e-3), optax.adam(1e-2)
+    ),
+    "gradient_regularization_forward": lambda: optax.chain(
+        forward_regularization(1e-3), optax.adam(1e-2)
+    ),
+    "zspace_grad_reg": lambda: optax.chain(
+        bnp_optax.zspace_grad_reg(1e-3, bnp_optax.rms()), optax.adam(1e-2)
+    ),
+    "proximal_l1": lambda: sgd_l1(1e-3, 1e-3),
+    "precondition_rms": lambda: optax.chain(precondition(bnp_optax.rms()), optax.scale(-1e-2)),
+    "precondition_adagrad": lambda: optax.chain(
+        precondition(bnp_optax.adagrad()), optax.scale(-1.0)
+    ),
+}
 
 
 @pytest.mark.parametrize("target", STARTS)
-@pytest.mark.parametrize("name", READY_MADE)
+@pytest.mark.parametrize("name", TOOK)
 def test_converges(name: str, target: str) -> None:
     loss, start, n_steps = STARTS[target]
-    tx = READY_MADE[name](LEARNING_RATES[name])
+    tx, gradient = optax.with_extra_args_support(TOOK[name]()), jax.grad(loss)
 
     def step(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], None]:
         params, state = carry
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        updates, state = tx.update(gradient(params), state, params, grad_fn=gradient)
         return (optax.apply_updates(params, updates), state), None
 
     @jax.jit
