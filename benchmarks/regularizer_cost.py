@@ -10,6 +10,7 @@ free of noise. And how often a step evaluates `grad_fn`, and four steps are trac
 
 import json
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -114,7 +115,8 @@ def main(out: pathlib.Path = pathlib.Path("results/regularizer_cost.json")) -> N
     Args:
       out: Where the numbers go, with their environment.
     """
-    console = Console()
+    # A table that is piped to a file need not fit a terminal.
+    console = Console(width=None if sys.stdout.isatty() else 100)
     results: dict[str, dict[str, dict[str, float]]] = {}
     for space, wrap in SPACES.items():
         rows = {name: measure(wrap(make()), space != "p") for name, make in REGULARIZERS.items()}

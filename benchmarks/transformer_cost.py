@@ -13,6 +13,7 @@ step of the same turn, with the middle half.
 import dataclasses
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -206,7 +207,8 @@ def table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
 
 def main(config: Config) -> None:
     """Measure and print."""
-    console = Console()
+    # A table that is piped to a file need not fit a terminal.
+    console = Console(width=None if sys.stdout.isatty() else 100)
     results = {}
     for name, scanned in (("unrolled", False), ("scanned", True)):
         results[name] = measure(config, scanned, console)

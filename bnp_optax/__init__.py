@@ -1,5 +1,8 @@
 """Batch normalization preconditioning and z-space regularization for Optax."""
 
+import importlib
+from typing import Any
+
 from bnp_optax.alias import adam_l1, bnp_adam, bnp_adamw, bnp_sgd
 from bnp_optax.capture import (
     Layer,
@@ -72,3 +75,11 @@ __all__ = [
     "zspace_grad_reg",
     "zspace_weight_decay",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Submodules that few programs need are imported when they are first used."""
+    if name in {"diagnostics", "flax_nnx"}:
+        return importlib.import_module(f"bnp_optax.{name}")
+    msg = f"module 'bnp_optax' has no attribute '{name}'"
+    raise AttributeError(msg)

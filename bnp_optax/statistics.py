@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +83,6 @@ def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     In two passes: the variance is summed from differences to the mean, of the size of the spread.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    # Shares are summed, not sums divided: the division would be a kernel of its own.
-    share = 1.0 / max(math.prod(x.shape[axis] for axis in axes), 1)
-    mean = jnp.sum(x * share, axis=axes, keepdims=True)
-    var = jnp.sum((x - mean) ** 2 * share, axis=axes)
+    mean = jnp.mean(x, axis=axes, keepdims=True)
+    var = jnp.mean((x - mean) ** 2, axis=axes)
     return jnp.squeeze(mean, axes).astype(jnp.float32), var.astype(jnp.float32)
