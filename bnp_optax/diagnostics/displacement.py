@@ -147,16 +147,3 @@ def unit_coordinates(params: Any, slot: Slot) -> Unit:
 def multiply(preconditioner: Preconditioner | None, state: Any, tree: Any) -> Any:
     """P times a tree; the tree itself without a preconditioner."""
     return tree if preconditioner is None else preconditioner.apply(state, tree)
-
-
-def split_arrays(tree: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:
-    """The JAX arrays of `tree`, and a function that puts others in their place."""
-    leaves, treedef = jax.tree.flatten(tree)
-    is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
-
-    def rebuild(arrays: list[Array]) -> Any:
-        rest = iter(arrays)
-        pairs = zip(leaves, is_array, strict=True)
-        return treedef.unflatten([next(rest) if array else leaf for leaf, array in pairs])
-
-    return [leaf for leaf, array in zip(leaves, is_array, strict=True) if array], rebuild

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bnp_optax._tree import named_leaves
-from bnp_optax.capture.layer import Layer
+from bnp_optax.capture.layer import Layer, split_arrays
 from bnp_optax.diagnostics.checks import check_pair
 from bnp_optax.diagnostics.displacement import (
     displaced,
     find_kernel,
     multiply,
     promoted,
-    split_arrays,
     unit_coordinates,
 )
 from bnp_optax.preconditioners.base import Preconditioner

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
+from bnp_optax.capture.layer import split_arrays
 from bnp_optax.diagnostics.checks import check_pair, is_concrete
 from bnp_optax.diagnostics.displacement import (
     Coordinates,
     coordinates,
     displaced,
     multiply,
-    split_arrays,
 )
 from bnp_optax.preconditioners.base import Preconditioner
 
