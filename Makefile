@@ -17,7 +17,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 notebooks: $(VENV)/installed-notebooks
-	$(BIN)/python -m pytest notebooks/test_notebooks.py --quiet
+	$(BIN)/python -m pytest notebooks/test_notebooks.py --numprocesses auto --quiet
 
 $(VENV)/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

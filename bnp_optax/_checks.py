@@ -35,7 +35,7 @@ def check_positive(name: str, value: Any) -> None:
 
 def check_count(name: str, value: Any) -> None:
     """Raise unless `value` is None or an integer > 0."""
-    if value is not None and not (isinstance(value, numbers.Integral) and value > 0):
+    if value is not None and not (isinstance(value, numbers.Integral) and int(value) > 0):
         msg = f"`{name}` must be an integer > 0 or None, got {value!r}."
         raise ValueError(msg)
 

@@ -13,7 +13,8 @@ from jax.extend.core import primitives as prims
 from jax.sharding import PartitionSpec, Sharding
 
 from bnp_optax.capture import views
-from bnp_optax.capture.plan import Plan, Use, innermost, is_remat
+from bnp_optax.capture.analysis import is_remat
+from bnp_optax.capture.plan import Plan, Use, innermost
 from bnp_optax.capture.reading import Weights
 from bnp_optax.capture.views import Measure
 

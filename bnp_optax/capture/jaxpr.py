@@ -15,9 +15,10 @@ from jax import lax
 
 from bnp_optax._tree import BIAS, KERNEL, is_named, named_leaves
 from bnp_optax.capture import views
+from bnp_optax.capture.analysis import make_plan
 from bnp_optax.capture.evaluation import evaluate
 from bnp_optax.capture.layer import Layer, idle_statistics, split_arrays, statistics
-from bnp_optax.capture.plan import Plan, Use, innermost, make_plan
+from bnp_optax.capture.plan import Plan, Use, innermost
 from bnp_optax.capture.reading import Options, Weights
 from bnp_optax.capture.usage import is_used
 from bnp_optax.capture.views import Measure

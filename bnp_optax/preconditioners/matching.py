@@ -56,13 +56,14 @@ def match_statistics(
                 "`layers=bnp_optax.find_layers(loss_fn, params, ...)` to the preconditioner."
             )
             raise ValueError(msg)
-        if stats.bias in leaves and stats.bias != expected[name]:
+        slot = _fit(name, stats, leaves)
+        if slot.bias not in (None, expected[name]):
             msg = (
                 f"`{name}` has the bias `{stats.bias}`, which its name does not tell: pass "
                 "`layers=bnp_optax.find_layers(loss_fn, params, ...)` to the preconditioner."
             )
             raise ValueError(msg)
-        matched.append((_fit(name, stats, leaves), stats))
+        matched.append((slot, stats))
     return matched
 
 
