@@ -1,173 +1,188 @@
-"""What a training step costs: XLA's FLOPs and bytes, and interleaved time ratios.
+"""What a training step costs: XLA's FLOPs and bytes, memory, compilation, and time ratios.
 
     python -m benchmarks.cost
 
-Fully connected networks: SGD, Adam, SGD on the same network with BatchNorm (after each activation,
-as in the JMLR paper), BNP + SGD and Adam in z-space. FLOPs and bytes accessed are those that XLA
-reports of the compiled step; they are free of noise. Times are of whole steps, one of each method
-in turn, and are reported as the median of the ratios to SGD's step of the same turn, with the
-range of the middle half.
+The JMLR paper's fully connected network at the batch sizes of its Table 1, and a wider one, with
+plain optimizers, normalizations (after each activation, as in the paper), and BNP in its variants:
+statistics of all rows, of 64 rows, with those of the input layer fixed by one pass over the data,
+of 64 rows with the input layer's fixed ("both"), and captured in every tenth step only, of which
+the average is reported.
+
+FLOPs, bytes accessed and memory are those that XLA reports of the compiled step; they are free of
+noise, but of an array that rows are picked out of, XLA may count every byte. Memory is
+temporary + arguments + outputs - those that share a buffer. Compilation, tracing included,
+is in processor seconds. Times are taken in turns, one of each method in each turn, in a
+new order every time, and reported as the median of the ratios to the same turn's SGD or BatchNorm,
+with the middle half: of single steps, each waited for, and of a pass of many steps in one compiled
+`lax.scan` over shuffled batches. A single step of a small network is mostly the start of its
+kernels; a pass is what an epoch of training repeats, and what compares with Table 1 and Figure 9.
 """
 
-import dataclasses
 import json
 import pathlib
+import sys
 import time
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
-import optax
 import tyro
-from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-import bnp_optax
+from benchmarks.cost_methods import (
+    BATCH_NORM,
+    METHODS,
+    PROBLEMS,
+    QUICK_PROBLEMS,
+    SGD,
+    Data,
+    Method,
+    Problem,
+    make_data,
+    make_training,
+)
+from benchmarks.cost_report import cost_table, paper_table, save_figure, time_table
 from benchmarks.environment import environment
 
-
-class MLP(nn.Module):
-    """Dense layers with ReLU, and BatchNorm after each activation if asked for."""
-
-    features: tuple[int, ...]
-    batch_norm: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits."""
-        for features in self.features[:-1]:
-            x = nn.relu(nn.Dense(features)(x))
-            if self.batch_norm:
-                x = nn.BatchNorm(use_running_average=False)(x)
-        return nn.Dense(self.features[-1])(x)
+EXAMPLES = 5120  # Of a pass.
+_CALLS = 3
+_WARM_UP_TURNS = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A network and a batch size."""
+class Contestant:
+    """A method's compiled programs, and where its training stands.
 
-    sizes: tuple[int, ...]
-    batch_size: int
+    Attributes:
+      costs: What is known without running: FLOPs, bytes, memory and seconds of compilation.
+      carry: Where training stands.
+      loss: Of the last step, or the mean of the last pass; None before.
+    """
 
-    def __str__(self) -> str:
-        """Sizes and batch size, as in `784-512-10, batch 256`."""
-        return f"{'-'.join(map(str, self.sizes))}, batch {self.batch_size}"
+    def __init__(self, problem: Problem, method: Method, data: Data):
+        """Compile."""
+        training = make_training(problem, method, data)
+        batch_size = problem.batch_size
+        self._batch = (data.x[:batch_size], data.y[:batch_size])
+        self._data = data
+        self.carry = training.carry
+        self.loss: Any = None
+        self._parts = []
+        self.costs: dict[str, Any] = dict.fromkeys(("flops", "bytes", "compile_seconds"), 0.0)
+        memory = []
+        for step, share in training.parts:
+            jax.clear_caches()  # Or what one method traced would be free for the next.
+            start = time.process_time()
+            lowered = jax.jit(step, donate_argnums=0).lower(self.carry, *self._batch)
+            compiled = lowered.compile()
+            self.costs["compile_seconds"] += time.process_time() - start
+            cost: Any = compiled.cost_analysis()
+            self.costs["flops"] += share * cost["flops"]
+            self.costs["bytes"] += share * cost["bytes accessed"]
+            memory.append(peak_memory(compiled))
+            self._parts.append((compiled, share))
+        self.costs["memory"] = None if None in memory else max(memory)
+        one_pass = jax.jit(training.one_pass, donate_argnums=0)
+        self._one_pass = one_pass.lower(self.carry, data).compile()
 
-
-PROBLEMS = (Problem((784, 512, 512, 512, 10), 256), Problem((3072, 100, 100, 10), 512))
-
-METHODS: dict[str, tuple[Any, bool, bool]] = {
-    # name: (optimizer, BatchNorm in the network, statistics captured)
-    "SGD": (optax.sgd(0.1), False, False),
-    "Adam": (optax.adam(1e-3), False, False),
-    "BatchNorm + SGD": (optax.sgd(0.1), True, False),
-    "BNP + SGD": (bnp_optax.bnp_sgd(0.1), False, True),
-    "Adam in z": (bnp_optax.bnp_adam(1e-3), False, True),
-}
-
-
-def compile_step(problem: Problem, method: str) -> tuple[Any, Any, tuple[jax.Array, jax.Array]]:
-    """The compiled training step of a method, its first state, and a batch."""
-    tx, batch_norm, captured = METHODS[method]
-    tx = optax.with_extra_args_support(tx)
-    model = MLP(problem.sizes[1:], batch_norm)
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.uniform(keys[0], (problem.batch_size, problem.sizes[0]))
-    y = jax.random.randint(keys[1], (problem.batch_size,), 0, problem.sizes[-1])
-    variables = model.init(keys[2], x)
-    params = variables.pop("params")
-
-    def loss_fn(params: Any, state: Any, x: jax.Array, y: jax.Array) -> Any:
-        logits, state = model.apply({"params": params, **state}, x, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), state
-
-    def step(carry: Any, x: jax.Array, y: jax.Array) -> Any:
-        params, opt_state, state = carry
-        if captured:
-            value_and_grad = bnp_optax.value_and_grad(loss_fn, has_aux=True)
-            (loss, state), grads, stats = value_and_grad(params, state, x, y)
-            updates, opt_state = tx.update(grads, opt_state, params, layer_stats=stats)
-        else:
-            value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-            (loss, state), grads = value_and_grad(params, state, x, y)
-            updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state, state), loss
-
-    carry = (params, tx.init(params), variables)
-    compiled = jax.jit(step, donate_argnums=0).lower(carry, x, y).compile()
-    return compiled, carry, (x, y)
-
-
-def measure(problem: Problem, turns: int, console: Console) -> dict[str, dict[str, Any]]:
-    """FLOPs, bytes and times of every method."""
-    compiled = {method: compile_step(problem, method) for method in METHODS}
-    carries = {method: carry for method, (_, carry, _) in compiled.items()}
-    times: dict[str, list[float]] = {method: [] for method in METHODS}
-    for turn in track(range(turns + 3), description=str(problem), console=console, transient=True):
-        for method, (step, _, batch) in compiled.items():
+    def time_step(self) -> float:
+        """Seconds of a step, averaged over a few calls and over a period of the method."""
+        seconds = 0.0
+        for step, share in self._parts:
             start = time.perf_counter()
-            carries[method], _ = step(carries[method], *batch)
-            jax.block_until_ready(carries[method])
-            if turn >= 3:  # The first turns warm the caches.
-                times[method].append(time.perf_counter() - start)
-    rows = {}
-    reference = np.array(times["SGD"])
-    for method, (step, _, _) in compiled.items():
-        cost = step.cost_analysis()
-        ratios = np.array(times[method]) / reference
-        rows[method] = {
-            "flops": cost["flops"],
-            "bytes": cost["bytes accessed"],
-            "seconds": float(np.median(times[method])),
-            "time_ratio": float(np.median(ratios)),
-            "time_ratio_quartiles": np.quantile(ratios, [0.25, 0.75]).tolist(),
-        }
-    batch_norm = np.array(times["BatchNorm + SGD"])
-    for method, row in rows.items():
-        row["time_ratio_to_batch_norm"] = float(np.median(np.array(times[method]) / batch_norm))
-    return rows
+            for _ in range(_CALLS):
+                self.carry, self.loss = step(self.carry, *self._batch)
+                jax.block_until_ready((self.carry, self.loss))
+            seconds += share * (time.perf_counter() - start) / _CALLS
+        return seconds
+
+    def time_pass(self) -> float:
+        """Seconds of a pass."""
+        start = time.perf_counter()
+        self.carry, self.loss = self._one_pass(self.carry, self._data)
+        jax.block_until_ready((self.carry, self.loss))
+        return time.perf_counter() - start
 
 
-def table(problem: Problem, rows: dict[str, dict[str, Any]]) -> Table:
-    """Ratios to SGD, one row a method."""
-    result = Table(title=str(problem), title_justify="left", box=box.SIMPLE)
-    result.add_column("method", no_wrap=True)
-    for column in ("FLOPs", "bytes", "time", "(middle half)", "/ BatchNorm", "step"):
-        result.add_column(column, justify="right", no_wrap=True)
-    sgd = rows["SGD"]
-    for method, row in rows.items():
-        low, high = row["time_ratio_quartiles"]
-        result.add_row(
-            method,
-            f"{row['flops'] / sgd['flops']:.4f}x",
-            f"{row['bytes'] / sgd['bytes']:.3f}x",
-            f"{row['time_ratio']:.3f}x",
-            f"({low:.2f}-{high:.2f})",
-            f"{row['time_ratio_to_batch_norm']:.3f}x",
-            f"{1e3 * row['seconds']:.2f} ms",
-        )
+def peak_memory(compiled: Any) -> int | None:
+    """Bytes that a program needs at most; None where the backend does not tell."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    return (
+        memory.temp_size_in_bytes
+        + memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
+def measure(
+    problem: Problem, turns: int, examples: int, console: Console
+) -> dict[str, dict[str, Any]]:
+    """Every method's costs and times."""
+    data = make_data(problem, examples)
+    # What the process compiles first takes longer than the same later.
+    Contestant(problem, METHODS[SGD], data)
+    methods = track(
+        METHODS.items(), description=f"{problem}: compile", console=console, transient=True
+    )
+    contestants = {name: Contestant(problem, method, data) for name, method in methods}
+    steps: dict[str, list[float]] = {name: [] for name in contestants}
+    passes: dict[str, list[float]] = {name: [] for name in contestants}
+    rng = np.random.default_rng(0)
+    numbers = range(turns + _WARM_UP_TURNS)
+    for turn in track(numbers, description=f"{problem}: run", console=console, transient=True):
+        for times, call in ((steps, Contestant.time_step), (passes, Contestant.time_pass)):
+            for name in rng.permutation(list(contestants)).tolist():
+                seconds = call(contestants[name])
+                if turn >= _WARM_UP_TURNS:
+                    times[name].append(seconds)
+    return {
+        name: contestant.costs
+        | {"seconds": float(np.median(steps[name]))}
+        | _ratios("time_ratio", steps, name)
+        | {"pass_seconds": passes[name], "pass_steps": len(data.indices)}
+        | _ratios("pass_ratio", passes, name)
+        for name, contestant in contestants.items()
+    }
+
+
+def _ratios(key: str, times: dict[str, list[float]], name: str) -> dict[str, Any]:
+    """Median and quartiles of the ratios to SGD and to BatchNorm in the same turn."""
+    result = {}
+    for suffix, reference in (("", SGD), ("_to_batch_norm", BATCH_NORM)):
+        ratios = np.array(times[name]) / np.array(times[reference])
+        result[f"{key}{suffix}"] = float(np.median(ratios))
+        result[f"{key}{suffix}_quartiles"] = np.quantile(ratios, [0.25, 0.75]).tolist()
     return result
 
 
-def main(turns: int = 200, out: pathlib.Path = pathlib.Path("results/cost.json")) -> None:
-    """Measure and print.
+def main(
+    turns: int = 60, quick: bool = False, out: pathlib.Path = pathlib.Path("results/cost.json")
+) -> None:
+    """Measure what a training step costs, print tables and draw the paper's Figure 9.
 
     Args:
-      turns: Timed steps of each method.
-      out: Where the numbers go, with their environment.
+      turns: How often each method is timed: a few steps and a pass over some thousand examples.
+      quick: Tiny networks and two turns, to try the benchmark itself.
+      out: Where the numbers go, with their environment; the figure goes next to it.
     """
-    console = Console()
-    results = {}
-    for problem in PROBLEMS:
-        rows = measure(problem, turns, console)
-        console.print(table(problem, rows))
-        results[str(problem)] = rows
+    # A table that is piped to a file need not fit a terminal.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    problems, examples = (QUICK_PROBLEMS, 80) if quick else (PROBLEMS, EXAMPLES)
+    results: dict[Problem, dict[str, dict[str, Any]]] = {}
+    for problem in problems:
+        results[problem] = measure(problem, 2 if quick else turns, examples, console)
+        console.print(cost_table(problem, results[problem]))
+        console.print(time_table(problem, results[problem]))
+    console.print(paper_table(results))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"environment": environment(), "results": results}, indent=2))
-    console.print(f"FLOPs, bytes and time as multiples of SGD's. Numbers: {out}")
+    numbers = {str(problem): rows for problem, rows in results.items()}
+    out.write_text(json.dumps({"environment": environment(), "results": numbers}, indent=2))
+    figure = out.with_suffix(".png")
+    save_figure(results, figure)
+    console.print(f"Multiples of SGD's unless it says / BN. Numbers: {out}, figure: {figure}")
 
 
 if __name__ == "__main__":

@@ -8,24 +8,31 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from benchmarks.norms import BatchRenorm, FourThings, channels_per_group
+
 ModelName = Literal["mlp", "cnn"]
-Norm = Literal["none", "batch", "layer"]
+Norm = Literal["none", "batch", "layer", "group", "renorm", "four"]
 
 BATCH_NORM_MOMENTUM = 0.9
 
 
 class Normalize(nn.Module):
-    """Post-activation normalization: what the next layer gets is B(activation).
+    """Any normalization by its name, or none.
 
-    Batch normalization evaluates with running averages. Their momentum is 0.9 where Flax's
-    default is 0.99: in a few hundred steps the latter would still remember its start. Layer
-    normalization takes its moments over all features of an example, positions included.
+    Batch normalization evaluates with running averages, and so do its variants. Their momentum is
+    0.9 where Flax's default is 0.99: in a few hundred steps the latter would still remember its
+    start. Layer normalization takes its moments over all features of an example, positions
+    included; group normalization does so for each group of channels.
 
     Attributes:
       norm: Which normalization.
+      steps: Length of the run, for the schedule of batch renormalization.
+      group_size: Channels of a group, for `'group'` and `'four'`; at most all of them.
     """
 
     norm: Norm
+    steps: int = 1
+    group_size: int = 4
 
     @nn.compact
     def __call__(self, x: Float[Array, "n *d c"], train: bool) -> Float[Array, "n *d c"]:
@@ -34,6 +41,14 @@ class Normalize(nn.Module):
             return nn.BatchNorm(use_running_average=not train, momentum=BATCH_NORM_MOMENTUM)(x)
         if self.norm == "layer":
             return nn.LayerNorm(reduction_axes=tuple(range(1, x.ndim)), feature_axes=-1)(x)
+        if self.norm == "group":
+            size = channels_per_group(x.shape[-1], self.group_size)
+            return nn.GroupNorm(num_groups=None, group_size=size)(x)
+        if self.norm == "renorm":
+            return BatchRenorm(self.steps, momentum=BATCH_NORM_MOMENTUM)(x, train)
+        if self.norm == "four":
+            four = FourThings(group_size=self.group_size, momentum=BATCH_NORM_MOMENTUM)
+            return four(x, train)
         return x
 
 
@@ -43,20 +58,25 @@ class MLP(nn.Module):
     Attributes:
       hidden: Widths of the hidden layers.
       classes: Width of the output.
-      norm: Normalization after each hidden activation.
+      norm: Normalization after each hidden activation: what the next layer gets is B(activation).
+      steps: Length of the run, as in `Normalize`.
+      kernel_init: Initializer of the kernels.
     """
 
     hidden: Sequence[int] = (64, 64)
     classes: int = 10
     norm: Norm = "none"
+    steps: int = 1
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Float[Array, "n *d"], train: bool = False) -> Float[Array, "n classes"]:
         """Logits of `x`, which is flattened."""
         x = x.reshape(x.shape[0], -1)
         for width in self.hidden:
-            x = Normalize(self.norm)(nn.relu(nn.Dense(width)(x)), train)
-        return nn.Dense(self.classes)(x)
+            x = nn.relu(nn.Dense(width, kernel_init=self.kernel_init)(x))
+            x = Normalize(self.norm, self.steps)(x, train)
+        return nn.Dense(self.classes, kernel_init=self.kernel_init)(x)
 
 
 class CNN(nn.Module):
@@ -69,6 +89,8 @@ class CNN(nn.Module):
       classes: Width of the output.
       norm: Normalization after each hidden activation.
       convolution: What `nn.Conv` calls, such as `convolve_patches`; None for XLA's convolution.
+      steps: Length of the run, as in `Normalize`.
+      kernel_init: Initializer of the kernels.
     """
 
     features: Sequence[int] = (8, 16)
@@ -77,6 +99,8 @@ class CNN(nn.Module):
     classes: int = 10
     norm: Norm = "none"
     convolution: Callable[..., Any] | None = None
+    steps: int = 1
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(
@@ -84,11 +108,18 @@ class CNN(nn.Module):
     ) -> Float[Array, "n classes"]:
         """Logits of `x`."""
         for width, stride in zip(self.features, self.strides, strict=True):
-            conv = nn.Conv(width, (3, 3), strides=stride, conv_general_dilated=self.convolution)
-            x = Normalize(self.norm)(nn.relu(conv(x)), train)
+            conv = nn.Conv(
+                width,
+                (3, 3),
+                strides=stride,
+                kernel_init=self.kernel_init,
+                conv_general_dilated=self.convolution,
+            )
+            x = Normalize(self.norm, self.steps)(nn.relu(conv(x)), train)
         x = x.reshape(x.shape[0], -1)
-        x = Normalize(self.norm)(nn.relu(nn.Dense(self.hidden)(x)), train)
-        return nn.Dense(self.classes)(x)
+        x = nn.relu(nn.Dense(self.hidden, kernel_init=self.kernel_init)(x))
+        x = Normalize(self.norm, self.steps)(x, train)
+        return nn.Dense(self.classes, kernel_init=self.kernel_init)(x)
 
 
 def convolve_patches(

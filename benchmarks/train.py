@@ -14,6 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 import bnp_optax
 from benchmarks.methods import Layers, Method
 
+# (outputs, y) -> loss of each example.
+Losses = Callable[[Any, Any], Any]
+
 _EVALUATION_CHUNK = 500
 
 
@@ -31,7 +34,7 @@ class Carry(NamedTuple):
     opt_state: Any
 
 
-def init_variables(model: nn.Module, x: Float[Array, "1 *d"], seeds: Sequence[int]) -> list[Any]:
+def init_variables(model: nn.Module, x: Float[Array, "1 *d"], seeds: Sequence[Any]) -> list[Any]:
     """Initial variables of `model`, one per seed.
 
     With the random generator that XLA brings along: it takes seconds to compile JAX's own.
@@ -50,33 +53,42 @@ def batch_indices(
     return order[: steps * batch_size].reshape(points, steps // points, batch_size)
 
 
-def make_loss(model: nn.Module) -> Callable[..., tuple[Array, Any]]:
-    """`loss(params, model_state, x, y) -> (mean cross-entropy, new model_state)`, training mode."""
+def make_loss(
+    model: nn.Module, losses: Losses = optax.softmax_cross_entropy_with_integer_labels
+) -> Callable[..., tuple[Array, Any]]:
+    """`loss(params, model_state, x, y) -> (mean loss, new model_state)`, training mode."""
 
     def loss_fn(params: Any, model_state: Any, x: Array, y: Array) -> tuple[Array, Any]:
         variables = {"params": params, **model_state}
-        logits, new_state = model.apply(variables, x, train=True, mutable=list(model_state))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-        return jnp.mean(losses), new_state
+        outputs, new_state = model.apply(variables, x, train=True, mutable=list(model_state))
+        return jnp.mean(losses(outputs, y)), new_state
 
     return loss_fn
 
 
 def find_layers(
-    model: nn.Module, method: Method, variables: Any, x: Array, y: Array
+    model: nn.Module,
+    method: Method,
+    variables: Any,
+    x: Array,
+    y: Array,
+    losses: Losses = optax.softmax_cross_entropy_with_integer_labels,
 ) -> Layers | None:
     """The layers that `method` preconditions on batches like (x, y); None if it does not."""
     if not method.needs_stats:
         return None
     params, model_state = _split(variables)
-    return bnp_optax.find_layers(make_loss(model), params, model_state, x, y)
+    return bnp_optax.find_layers(make_loss(model, losses), params, model_state, x, y)
 
 
 def make_step(
-    model: nn.Module, method: Method, layers: Layers | None
+    model: nn.Module,
+    method: Method,
+    layers: Layers | None,
+    losses: Losses = optax.softmax_cross_entropy_with_integer_labels,
 ) -> Callable[[Any, Carry, Array, Array], tuple[Carry, Array]]:
     """`step(rate, carry, x, y) -> (new carry, loss of the batch)`; `rate` may be traced."""
-    loss_fn = make_loss(model)
+    loss_fn = make_loss(model, losses)
 
     def gradient(*args: Any) -> tuple[Any, Any, dict[str, Any]]:
         if method.needs_stats:
