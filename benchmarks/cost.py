@@ -5,8 +5,7 @@
 The JMLR paper's fully connected network at the batch sizes of its Table 1, and a wider one, with
 plain optimizers, normalizations (after each activation, as in the paper), and BNP in its variants:
 statistics of all rows, of 64 rows, with those of the input layer fixed by one pass over the data,
-of 64 rows with the input layer's fixed ("both"), and captured in every tenth step only, of which
-the average is reported.
+and captured in every tenth step only, of which the average is reported.
 
 FLOPs, bytes accessed and memory are those that XLA reports of the compiled step; they are free of
 noise, but of an array that rows are picked out of, XLA may count every byte. Memory is

@@ -90,7 +90,7 @@ METHODS: dict[str, Method] = {
     BNP: Method(_BNP, captured=True),
     "BNP, 64 rows": Method(_BNP, captured=True, sample_rows=64),
     "BNP, input fixed": Method(_BNP, captured=True, fixed=True),
-    "BNP, both": Method(_BNP, captured=True, sample_rows=64, fixed=True),
+    "BNP, fixed, 64 rows": Method(_BNP, captured=True, sample_rows=64, fixed=True),
     "BNP, every 10th": Method(_BNP, captured=True, every=10),
     "Adam in z": Method(bnp_optax.bnp_adam(1e-3), captured=True),
 }
@@ -181,7 +181,7 @@ def make_training(problem: Problem, method: Method, data: Data) -> Training:
     """The steps of a method, not compiled yet, and a state of its own to start from."""
     model = _network(problem, method.norm)
     tx = optax.with_extra_args_support(method.tx)
-    state = jax.tree.map(jnp.asarray, _variables(problem, method.norm))
+    state = jax.tree.map(jnp.array, _variables(problem, method.norm))
     params = state.pop("params")
 
     def loss_fn(params: Any, state: Any, x: Array, y: Array) -> tuple[Array, Any]:

@@ -19,7 +19,7 @@ _STYLES = {
     # name: color of Okabe and Ito's palette, line style
     BATCH_NORM: ("#56B4E9", "-."),
     BNP: ("#D55E00", "-"),
-    "BNP, both": ("#0072B2", "--"),
+    "BNP, fixed, 64 rows": ("#0072B2", "--"),
 }
 
 

@@ -89,6 +89,11 @@ def _four_things(rate: Any, layers: Layers | None) -> optax.GradientTransformati
     return optax.chain(optax.add_decayed_weights(NORM_DECAY, is_scale_or_offset), optax.adam(rate))
 
 
+def _kfac(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
+    msg = "K-FAC is no Optax transformation; train with `benchmarks.kfac.KfacTrainer`"
+    raise NotImplementedError(msg)
+
+
 def _after_bnp(**options: Any) -> Make:
     return lambda rate, layers: optax.chain(
         bnp_optax.bnp_precondition(layers=layers, **options), optax.sgd(rate)
@@ -116,7 +121,8 @@ METHODS: dict[str, Method] = {
     "momentum": Method("Momentum", "none", _momentum, False, _BLACK, "--", 1e-2),
     "adam": Method("Adam", "none", _adam, False, _ORANGE, "--", 1e-3),
     "adamw": Method("AdamW", "none", _adamw, False, _ORANGE, "-.", 1e-3),
-    "muon": Method("Muon", "none", _muon, False, _YELLOW, "--", 1e-3),
+    "muon": Method("Muon", "none", _muon, False, _YELLOW, "--", 1e-2),
+    "kfac": Method("K-FAC (kfac_jax)", "none", _kfac, False, _PURPLE, ":", 3e-2),
     # Normalized networks.
     "batchnorm": Method("BatchNorm + SGD", "batch", _sgd, False, _SKY, "-."),
     "layernorm": Method("LayerNorm + SGD", "layer", _sgd, False, _GREEN, "-."),
@@ -128,14 +134,14 @@ METHODS: dict[str, Method] = {
     "batchnorm_adam": Method("BatchNorm + Adam", "batch", _adam, False, _SKY, "--", 1e-3),
     "layernorm_adam": Method("LayerNorm + Adam", "layer", _adam, False, _GREEN, "--", 1e-3),
     "layernorm_adamw": Method("LayerNorm + AdamW", "layer", _adamw, False, _GREEN, "-.", 1e-3),
-    "layernorm_muon": Method("LayerNorm + Muon", "layer", _muon, False, _YELLOW, "-.", 1e-3),
+    "layernorm_muon": Method("LayerNorm + Muon", "layer", _muon, False, _YELLOW, "-.", 1e-2),
     # What this library adds.
     "bnp_sgd": Method("BNP + SGD", "none", _after_bnp(), True, _VERMILION, "-"),
     "bnp_momentum": Method("BNP + momentum", "none", _momentum_after_bnp, True, _PURPLE, "-", 1e-2),
     "adam_z": Method("Adam in z (BNP)", "none", _in_z(_adam), True, _BLUE, "-", 1e-3),
     "adamw_z": Method("AdamW in z (BNP)", "none", _in_z(_adamw), True, _BLUE, "--", 1e-3),
     "muon_z": Method(
-        "Muon in z (BNP)", "none", _in_z(_muon, scale=False), True, _YELLOW, "-", 1e-3
+        "Muon in z (BNP)", "none", _in_z(_muon, scale=False), True, _YELLOW, "-", 1e-2
     ),
     "bnp_gn": Method("BNP + GroupNorm", "group", _after_bnp(), True, _GREEN, "-"),
     "bnp_gn_momentum": Method(

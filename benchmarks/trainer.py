@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,12 @@ from benchmarks.train import (
 )
 
 _EVALUATION_CHUNK = 500
+
+# Of each example, by task.
+LOSSES = {
+    "classification": optax.softmax_cross_entropy_with_integer_labels,
+    "regression": lambda outputs, y: jnp.square(outputs - y),
+}
 
 
 class Curves(NamedTuple):
@@ -58,7 +65,7 @@ class Trainer:
         self._data = data
         init = {"init_scale": problem.init_scale[name]} if name in problem.init_scale else {}
         self._model = problem.network(method.norm, problem.steps, **init)
-        self._losses = _LOSSES[problem.task]
+        self._losses = LOSSES[problem.task]
         decay = {"decay": problem.decay[name]} if name in problem.decay else {}
         schedule = problem.schedule
 
@@ -86,7 +93,7 @@ class Trainer:
         for point in range(problem.points):
             first = jnp.int32(point * each)
             args = (jnp.float32(rate), carry, indices[point], first, key, x, y)
-            segment = self._compile("segment", self._segment, args, donate=(1,))
+            segment = self._ready(args)
             start = time.perf_counter()
             carry, loss = jax.block_until_ready(segment(*args))
             seconds += time.perf_counter() - start
@@ -95,6 +102,10 @@ class Trainer:
             curves[:, point] = (float(loss), *self._judge(carry, split, first + each))
         train_loss, loss, score = np.where(np.isfinite(curves), curves, np.nan)
         return Curves(train_loss, loss, score, seconds)
+
+    def _ready(self, args: Any) -> Callable[..., tuple[Carry, Array]]:
+        """`_segment`, compiled for arguments like `args`."""
+        return self._compile("segment", self._segment, args, donate=(1,))
 
     def _compile(self, name: str, function: Any, args: Any, donate: tuple[int, ...] = ()) -> Any:
         if name not in self._compiled:
@@ -111,21 +122,26 @@ class Trainer:
         self, rate: Array, carry: Carry, indices: Array, first: Array, key: Array, x: Any, y: Any
     ) -> tuple[Carry, Array]:
         """The steps up to the next point; the mean of their losses."""
-        problem = self._problem
         step = make_step(self._model, self._method, self._layers, self._losses)
 
         def one(carry: Carry, at: tuple[Array, Array]) -> tuple[Carry, Array]:
             index, number = at
-            seen = x[index]
-            if problem.augment is not None:
-                seen = problem.augment(seen, jax.random.fold_in(key, number))
-            if problem.drift is not None:
-                seen = problem.drift(seen, number)
-            return step(rate, carry, seen, y[index])
+            return step(rate, carry, *self._batch(index, number, key, x, y))
 
         numbers = first + jnp.arange(len(indices))
         carry, losses = lax.scan(one, carry, (indices, numbers))
         return carry, jnp.mean(losses)
+
+    def _batch(
+        self, index: Array, number: Array, key: Array, x: Array, y: Array
+    ) -> tuple[Array, Array]:
+        """What a step sees of `x` and `y`."""
+        seen = x[index]
+        if self._problem.augment is not None:
+            seen = self._problem.augment(seen, jax.random.fold_in(key, number))
+        if self._problem.drift is not None:
+            seen = self._problem.drift(seen, number)
+        return seen, y[index]
 
     def _judge(self, carry: Carry, split: Split, number: Array) -> tuple[float, float]:
         """Loss and score on `split` at a step."""
@@ -147,9 +163,3 @@ class Trainer:
         outputs: Any = self._model.apply({"params": carry.params, **carry.model_state}, x)
         hits = jnp.sum(jnp.argmax(outputs, axis=-1) == y) if outputs.ndim > y.ndim else 0.0
         return jnp.sum(self._losses(outputs, y)), jnp.float32(hits)
-
-
-_LOSSES = {
-    "classification": optax.softmax_cross_entropy_with_integer_labels,
-    "regression": lambda outputs, y: jnp.square(outputs - y),
-}

@@ -33,6 +33,11 @@ def copy(tree):
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
 
+def compile_fast(lowered, compile=jax.stages.Lowered.compile):
+    """Without LLVM's optimizations, which come after all that XLA reports of costs."""
+    return compile(lowered, compiler_options={"xla_backend_optimization_level": 0})
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """A quick run, and what it compiled, put back to where training starts."""
@@ -47,6 +52,7 @@ def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("cost") / "sub" / "numbers.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "Contestant", Recorded)
+        patch.setattr(jax.stages.Lowered, "compile", compile_fast)
         cost.main(quick=True, out=out)
     contestants = dict(zip(METHODS, made[-len(METHODS) :], strict=True))
     for contestant in contestants.values():
@@ -119,6 +125,7 @@ def test_a_pass_is_its_steps_in_order():
     data = make_data(TINY, 80)
     training = make_training(TINY, METHODS["BNP, every 10th"], data)
     carry = training.carry
+    assert training.stale is not None
     fresh, stale = jax.jit(training.step), jax.jit(training.stale)
     for i, index in enumerate(data.indices):
         carry, _ = (stale if i % 10 else fresh)(carry, data.x[index], data.y[index])

@@ -46,10 +46,10 @@ class Length(NamedTuple):
 
 
 POINTS = 10
-POINTS_RESIDUAL = 10
+POINTS_CONVOLUTIONAL = 5
 DIGITS = Sizes(1077, 360, 360)
 SMALL = Sizes(40_000, 1_000, 1_000)
-SMALL_RESIDUAL = Sizes(8_000, 1_000, 1_000)
+SMALL_RESIDUAL = Sizes(8_000, 500, 500)
 # The paper trains on all training images; here some of them choose the learning rates.
 PAPER: dict[Name, Sizes] = {
     "mnist": Sizes(55_000, 5_000, 10_000),
@@ -61,7 +61,7 @@ PAPER: dict[Name, Sizes] = {
 }
 # By batch size.
 FULLY_CONNECTED = {60: Length(1200, 30), 6: Length(2500, 20), 1: Length(4000, 10)}
-CONVOLUTIONAL = {128: Length(200, 30), 2: Length(2000, 10), 1: Length(2000, 10)}
+CONVOLUTIONAL = {128: Length(150, 30), 2: Length(2000, 10), 1: Length(2000, 10)}
 DIGITS_STEPS = {60: 1000, 1: 3000}
 
 HIDDEN = (100, 100, 100)
@@ -194,6 +194,7 @@ def fully_connected_network(norm: Norm, steps: int) -> MLP:
 def convolutional(batch_size: int, inputs: Inputs, scale: Scale) -> Problem:
     """The network of three convolutions and two dense layers on CIFAR-10."""
     sizes, steps, points = _extent("cifar10", batch_size, scale, CONVOLUTIONAL[batch_size])
+    points = POINTS_CONVOLUTIONAL if scale == "small" else points
     figures = {128: "Figure 5, left", 2: "Figure 5, right", 1: "Figure 4, right"}
     return Problem(
         name=f"cnn-cifar10-b{batch_size}-{inputs}",
@@ -216,7 +217,7 @@ def residual_cifar(name: Literal["cifar10", "cifar100"], scale: Scale) -> Proble
     length = Length(STEPS_RESIDUAL, falling.epochs)
     sizes, steps, points = _extent(name, batch_size, scale, length)
     if scale == "small":
-        sizes, points = SMALL_RESIDUAL, POINTS_RESIDUAL
+        sizes, points = SMALL_RESIDUAL, POINTS_CONVOLUTIONAL
     depth = DEPTH[scale]
 
     def network(norm: Norm, steps: int, init_scale: float = 1.0) -> CifarResNet:
@@ -262,7 +263,7 @@ def residual_imagenet(scale: Scale) -> Problem:
     length = Length(STEPS_RESIDUAL, falling.epochs)
     sizes, steps, points = _extent(name, batch_size, scale, length)
     if small:
-        sizes, points = SMALL_RESIDUAL, POINTS_RESIDUAL
+        sizes, points = SMALL_RESIDUAL, POINTS_CONVOLUTIONAL
     side = SIDE_18[scale]
 
     def network(norm: Norm, steps: int) -> ResNet18:
@@ -305,7 +306,7 @@ def image_problems(scale: Scale) -> Iterator[Problem]:
         for inputs in both:
             yield connected(name, 60, inputs, methods=lineups.CORE)
     for batch_size in FULLY_CONNECTED:
-        methods = lineups.CORE if batch_size == 60 else lineups.SMALL_BATCH
+        methods = lineups.CORE if batch_size == 60 else lineups.WIDE_SMALL_BATCH
         for inputs in both:
             yield connected("cifar10", batch_size, inputs, methods=methods)
     for batch_size in CONVOLUTIONAL:

@@ -19,9 +19,27 @@ CORE = (
 )
 
 # Batch normalization's remedies for small batches.
-SMALL_BATCH = (*CORE, "batchrenorm", "four_things")
+REMEDIES = ("batchrenorm", "four_things")
+SMALL_BATCH = (*CORE, *REMEDIES)
 
-CONVOLUTIONAL = (*SMALL_BATCH, "bnp_gn")
+# Muon's Newton-Schulz iteration on a kernel of 3072 x 100 costs as much as the gradient of a batch
+# of hundreds: at small batches it would take most of the time of a contest.
+WIDE_SMALL_BATCH = (*(name for name in CORE if not name.startswith("muon")), *REMEDIES)
+
+CONVOLUTIONAL = (
+    "sgd",
+    "adam",
+    "batchnorm",
+    "layernorm",
+    "groupnorm",
+    "batchnorm_adam",
+    "layernorm_adam",
+    *REMEDIES,
+    "bnp_sgd",
+    "adam_z",
+    "muon_z",
+    "bnp_gn",
+)
 
 RESIDUAL = ("batchnorm_momentum", "groupnorm_momentum", "bnp_momentum", "bnp_gn_momentum")
 

@@ -18,7 +18,7 @@ from benchmarks.transformer import CharTransformer
 
 CONTEXT = 64
 BATCH_SIZE = 16
-STEPS = {"small": 600, "paper": 15_000}
+STEPS = {"small": 500, "paper": 15_000}
 POINTS = 10
 N_EVAL = 256
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))

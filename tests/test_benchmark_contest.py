@@ -1,0 +1,318 @@
+"""Training runs, their order, and what a kill or a spoiled file does to them."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+import bnp_optax
+from benchmarks import __main__ as cli
+from benchmarks import campaign, cells
+from benchmarks.methods import METHODS
+from benchmarks.problems import problems
+from benchmarks.runner import Job, SettingsError, run, tuning_scores
+from benchmarks.train import batch_indices
+from benchmarks.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+GRID = (0.003, 0.03, 0.3)
+
+
+def short(name: str, **changes):
+    """A problem with few steps."""
+    return dataclasses.replace(problems("small")[name], **({"steps": 20, "points": 4} | changes))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return problems("small")["fc-digits-b60-standardized"].load(None)
+
+
+def job(path: Path, data, name: str = "sgd", **changes) -> Job:
+    problem = short("fc-digits-b60-standardized")
+    return Job(
+        problem,
+        name,
+        **(dict(data=data, scale="small", grid=GRID, seeds=2, path=path) | changes),
+    )
+
+
+def curves(cell: cells.Cell):
+    """All that must not depend on how often a contest was interrupted."""
+    return [
+        (r.role, r.rate, r.seed, r.train_loss.tolist(), r.loss.tolist(), r.score.tolist())
+        for r in cell.runs
+    ]
+
+
+# One run.
+
+
+@pytest.mark.parametrize("name", ["sgd", "bnp_sgd", "adam_z"])
+def test_a_run_is_a_plain_training_loop(digits, name):
+    problem = short("fc-digits-b60-standardized")
+    trainer = Trainer(problem, name, METHODS[name], digits)
+    seen = trainer(0.05, 3, digits.test)
+
+    model = problem.network("none", problem.steps)
+    x, y = jnp.asarray(digits.train.x), jnp.asarray(digits.train.y)
+    params = model.init(jax.random.key(3, impl="rbg"), x[:1])["params"]
+
+    def loss_fn(params, x, y):
+        logits = model.apply({"params": params}, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    tx = {
+        "sgd": optax.sgd(0.05),
+        "bnp_sgd": bnp_optax.bnp_sgd(0.05),
+        "adam_z": bnp_optax.bnp_adam(0.05),
+    }[name]
+    tx, value_and_grad = optax.with_extra_args_support(tx), bnp_optax.value_and_grad(loss_fn)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, index):
+        loss, grads, stats = value_and_grad(params, x[index], y[index])
+        updates, state = tx.update(grads, state, params, layer_stats=stats)
+        return optax.apply_updates(params, updates), state, loss
+
+    indices = batch_indices(len(y), 60, problem.steps, problem.points, 3)
+    for point, batches in enumerate(indices):
+        losses = []
+        for index in batches:
+            params, state, loss = step(params, state, index)
+            losses.append(loss)
+        np.testing.assert_allclose(seen.train_loss[point], np.mean(losses), rtol=2e-3)
+        logits = model.apply({"params": params}, jnp.asarray(digits.test.x))
+        test_loss = optax.softmax_cross_entropy_with_integer_labels(logits, digits.test.y).mean()
+        np.testing.assert_allclose(seen.loss[point], test_loss, rtol=2e-3)
+        hits = np.mean(np.argmax(logits, -1) == digits.test.y)
+        assert abs(seen.score[point] - hits) <= 2 / len(digits.test)
+
+
+def test_a_run_ends_where_it_diverges(digits):
+    trainer = Trainer(short("fc-digits-b60-standardized"), "sgd", METHODS["sgd"], digits)
+    seen = trainer(1e9, 0, digits.test)
+    assert np.isnan(seen.train_loss).any()
+    first = np.flatnonzero(np.isnan(seen.train_loss))[0]
+    assert np.isnan(seen.score[first:]).all()
+
+
+def test_regression_is_scored_by_the_variance_explained():
+    problem = short("tabular-standardized", steps=400)
+    data = problem.load(None)
+    seen = Trainer(problem, "adam", METHODS["adam"], data)(0.01, 0, data.test)
+    np.testing.assert_allclose(seen.score, 1.0 - seen.loss / np.var(data.test.y), rtol=1e-5)
+    assert 0.2 < seen.score[-1] < 1.0
+
+
+def test_drift_changes_what_is_seen_in_training_and_in_evaluation(digits):
+    still = short("fc-digits-b60-standardized", steps=8, points=4)
+    zeroed = dataclasses.replace(still, drift=lambda x, step: jnp.where(step < 4, x, 0.0 * x))
+    (there, gone) = (
+        Trainer(problem, "sgd", METHODS["sgd"], digits)(0.1, 0, digits.test)
+        for problem in (still, zeroed)
+    )
+    # Evaluated after step 4, which is seen by a network that was trained before it as before.
+    np.testing.assert_allclose(gone.train_loss[:2], there.train_loss[:2], rtol=1e-6)
+    assert gone.score[0] == there.score[0]
+    assert len(set(gone.score[2:])) == 1
+    assert gone.score[-1] < 0.2 < there.score[-1]
+
+
+def test_augmentation_decay_and_initial_scale_reach_the_run(digits):
+    plain = short("fc-digits-b60-standardized")
+    decayed = dataclasses.replace(plain, decay={"momentum": 1.0})
+    black = dataclasses.replace(plain, augment=lambda x, key: jnp.zeros_like(x))
+    method = METHODS["momentum"]
+    results = {
+        name: Trainer(problem, "momentum", method, digits)(0.01, 0, digits.test)
+        for name, problem in {"plain": plain, "decayed": decayed, "black": black}.items()
+    }
+    assert results["decayed"].train_loss[-1] > results["plain"].train_loss[-1] + 0.1
+    assert results["black"].score[-1] < 0.3 < results["plain"].score[-1]
+
+    scales = []
+
+    def network(norm, steps, init_scale=1.0):
+        scales.append(init_scale)
+        return plain.network(norm, steps)
+
+    scaled = dataclasses.replace(plain, network=network, init_scale={"momentum": 0.5})
+    Trainer(scaled, "momentum", method, digits)
+    Trainer(scaled, "sgd", METHODS["sgd"], digits)
+    assert scales == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_learns_the_digits(digits, name):
+    problem = short("fc-digits-b60-standardized", steps=60, points=2)
+    method = METHODS[name]
+    seen = Trainer(problem, name, method, digits)(method.start, 0, digits.test)
+    assert seen.score[-1] > 0.5
+    assert seen.train_loss[-1] < seen.train_loss[0]
+
+
+# A cell.
+
+
+def test_a_cell_is_tuned_and_then_run_with_each_seed(tmp_path, digits):
+    advanced = []
+    cell = run(job(tmp_path / "c.json", digits), print, lambda: advanced.append(1))
+    roles = [r.role for r in cell.runs]
+    assert roles == sorted(roles, reverse=True)
+    assert [r.seed for r in cell.runs if r.role == "final"] == [1, 2]
+    assert {r.seed for r in cell.runs if r.role == "tuning"} == {0}
+    scores = tuning_scores(cell, whole=False)
+    assert cell.rate == max(scores, key=scores.__getitem__)
+    assert {r.rate for r in cell.runs if r.role == "final"} == {cell.rate}
+    assert cell.complete
+    assert len(advanced) == len(cell.runs)
+    assert curves(cells.read(tmp_path / "c.json")) == curves(cell)
+
+
+def test_a_cell_that_diverges_at_every_rate_is_complete_without_one(tmp_path, digits):
+    cell = run(job(tmp_path / "c.json", digits, grid=(1e8, 1e9)), print, lambda: None)
+    assert cell.complete
+    assert cell.rate is None
+    assert all(r.role == "tuning" for r in cell.runs)
+
+
+def test_more_seeds_continue_and_other_settings_are_refused(tmp_path, digits):
+    path = tmp_path / "c.json"
+    two = run(job(path, digits), print, lambda: None)
+    three = run(job(path, digits, seeds=3), print, lambda: None)
+    assert curves(three)[: len(two.runs)] == curves(two)
+    assert len(three.runs) == len(two.runs) + 1
+    with pytest.raises(SettingsError, match=r"another grid .*now \[0.003, 0.03\]; choose another"):
+        run(job(path, digits, grid=GRID[:2]), print, lambda: None)
+    other = dataclasses.replace(job(path, digits), problem=short("fc-digits-b60-raw"))
+    with pytest.raises(SettingsError, match="another problem .*name: fc-digits-b60-standardized"):
+        run(other, print, lambda: None)
+
+
+@pytest.mark.parametrize("spoiled", ["", "{", '{"version": 1}', "half"])
+def test_a_corrupt_cell_is_reported_set_aside_and_done_again(tmp_path, digits, spoiled):
+    path = tmp_path / "c.json"
+    before = run(job(path, digits), print, lambda: None)
+    text = path.read_text()
+    path.write_text(text[: len(text) // 2] if spoiled == "half" else spoiled)
+    kept, said = path.read_text(), []
+    after = run(job(path, digits), said.append, lambda: None)
+    assert curves(after) == curves(before)
+    assert (tmp_path / "c.json.corrupt").read_text() == kept
+    assert len(said) == 1
+    assert "corrupt" in said[0]
+    assert "c.json.corrupt" in said[0]
+
+
+# The command.
+
+COMMAND = [
+    sys.executable,
+    *("-m", "benchmarks", "run", "--problems", "tabular-raw", "--methods", "sgd", "bnp_sgd"),
+    *("--rates", "0.0001", "0.001", "0.01", "--seeds", "2", "--results"),
+]
+
+
+def test_a_contest_killed_again_and_again_ends_with_the_same_numbers(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*COMMAND, str(whole)], cwd=ROOT, check=True, capture_output=True)
+    names = ["tabular-raw/sgd.json", "tabular-raw/bnp_sgd.json"]
+    kills = 0
+    for patience in [1, 3, 5, 7]:
+        process = subprocess.Popen([*COMMAND, str(killed)], cwd=ROOT, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            done = 0
+            for name in names:
+                if (killed / name).exists():
+                    done += len(cells.read(killed / name).runs)
+            if done >= patience:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.01)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2
+    subprocess.run([*COMMAND, str(killed)], cwd=ROOT, check=True, capture_output=True)
+    for name in names:
+        first, second = cells.read(whole / name), cells.read(killed / name)
+        assert second.complete
+        assert curves(first) == curves(second)
+        assert first.rate == second.rate
+
+
+def test_progress_results_and_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(campaign, "Progress", campaign.Progress)
+    quick = {"fc-digits-b60-raw": short("fc-digits-b60-raw", methods=("sgd", "bnp_sgd"))}
+    monkeypatch.setattr(cli.registry, "problems", lambda scale: quick)
+    folder = tmp_path / "results"
+    arguments = ["--results", str(folder)]
+    assert cli.main(["run", "--seeds", "2", "--rates", "0.01", "0.1", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "fc-digits-b60-raw: BNP + SGD: rate 0." in out
+    assert cli.main(["run", "--seeds", "2", "--rates", "0.01", "0.1", "--show", *arguments]) == 0
+    assert "bnp_sgd              rate 0." in capsys.readouterr().out
+    assert cli.main(["report", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert (folder / "report.md").read_text().strip() == printed.strip()
+    assert "| BNP + SGD" in printed
+    environment = json.loads((folder / "fc-digits-b60-raw/sgd.json").read_text())["environments"][0]
+    assert {"versions", "python", "cpu", "devices", "commit"} <= set(environment)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--problems", "fc-cifar99"], "no problem matches 'fc-cifar99'; there are fc-digits"),
+        (["--methods", "adagard"], "no method matches 'adagard'; there are sgd"),
+        (["--seeds", "0"], "`seeds` and `workers` must be at least 1, got 0 and 2"),
+        (["--rates", "0.1", "-1"], "`rates` must be positive and finite"),
+    ],
+)
+def test_bad_options_are_named(capsys, arguments, message):
+    assert cli.main(["run", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_data_that_are_not_there_are_named_and_the_rest_is_done(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("BNP_DATA_DIR", raising=False)
+    quick = {
+        "fc-mnist-b60-raw": short("fc-mnist-b60-raw", methods=("sgd",)),
+        "fc-digits-b60-raw": short("fc-digits-b60-raw", methods=("sgd",)),
+    }
+    monkeypatch.setattr(cli.registry, "problems", lambda scale: quick)
+    arguments = ["--problems", "fc-*", "--results", str(tmp_path), "--rates", "0.1"]
+    assert cli.main(["run", *arguments]) == 2
+    out = capsys.readouterr().out
+    assert "fc-mnist-b60-raw: " in out
+    assert "--data-dir" in out
+    assert "fc-digits-b60-raw: SGD: rate 0.1" in out
+    assert not os.path.exists(tmp_path / "fc-mnist-b60-raw")
+
+
+def test_a_console_shows_what_a_problem_still_lacks(tmp_path):
+    choice = campaign.Choice(
+        problems=[short("fc-digits-b60-raw")],
+        methods={"fc-digits-b60-raw": ("sgd",)},
+        scale="small",
+        grid=GRID,
+        seeds=1,
+        results=tmp_path,
+    )
+    path = choice.path("fc-digits-b60-raw", "sgd")
+    path.parent.mkdir()
+    path.write_text("nonsense")
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    campaign.show(choice, console)
+    assert "corrupt" in console.export_text()
