@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks import cells
+from benchmarks import cells, kfac
 from benchmarks.cells import Cell
 from benchmarks.data import DataError, Split
 from benchmarks.methods import METHODS
@@ -131,6 +131,11 @@ def _compare(
     def job(name: str) -> None:
         path = choice.path(problem.name, name)
         spec = Job(problem, name, data, choice.scale, choice.grid, choice.seeds, path)
+        reason = kfac.unavailable() if name == "kfac" else None
+        if reason is not None:
+            say(f"{problem.name}: {METHODS[name].label} skipped, {reason}")
+            cells.write(path, dataclasses.replace(spec.empty(), skipped=reason))
+            return
         cell = run(spec, say, lambda: progress.advance(task))
         say(f"{problem.name}: {METHODS[name].label}: {_result(cell)}")
 

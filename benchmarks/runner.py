@@ -13,12 +13,15 @@ from benchmarks import cells
 from benchmarks.cells import Cell, Run
 from benchmarks.data import Split
 from benchmarks.environment import environment
+from benchmarks.kfac import KfacTrainer
 from benchmarks.methods import METHODS, Method
 from benchmarks.problems.base import Data, Problem, Scale
 from benchmarks.trainer import Trainer
 from benchmarks.tuning import best_rate, next_rate
 
 TUNING_SEED = 0
+# Methods that are no Optax transformations.
+TRAINERS = {"kfac": KfacTrainer}
 
 
 class SettingsError(Exception):
@@ -108,7 +111,8 @@ def run(job: Job, say: Callable[[str], None], advance: Callable[[], None]) -> Ce
       SettingsError: If the cell's file holds runs with other settings.
     """
     cell = resume(job, say)
-    trainer = Trainer(job.problem, job.name, job.method, job.data)
+    make_trainer = TRAINERS.get(job.name, Trainer)
+    trainer = make_trainer(job.problem, job.name, job.method, job.data)
     here = environment()
     while True:
         scores = tuning_scores(cell, whole=job.problem.drift is not None)
@@ -174,5 +178,12 @@ def _with(
 def _difference(was: Any, now: Any) -> str:
     if isinstance(was, dict) and isinstance(now, dict):
         keys: Sequence[str] = sorted(key for key in was | now if was.get(key) != now.get(key))
-        return ", ".join(f"{key}: {was.get(key)}, now {now.get(key)}" for key in keys)[:300]
+        return ", ".join(
+            f"{key}: {_short(was.get(key))}, now {_short(now.get(key))}" for key in keys
+        )
     return f"{was}, now {now}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

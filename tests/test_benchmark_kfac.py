@@ -24,7 +24,6 @@ class PlainSGD:
         value_and_grad_func,
         l2_reg,
         *,
-        inverse_update_period=5,
         num_burnin_steps=10,
         norm_constraint=None,
     ):

@@ -70,8 +70,8 @@ def test_the_papers_figures_are_all_there():
 
 
 def test_methods_of_problems():
-    assert "kfac" in SMALL["fc-cifar10-b60-raw"].methods
-    assert "kfac" not in SMALL["fc-cifar10-b6-raw"].methods
+    assert "kfac" in SMALL["fc-digits-b60-raw"].methods
+    assert "kfac" not in SMALL["fc-cifar10-b60-raw"].methods
     assert {"batchrenorm", "four_things"} <= set(SMALL["fc-cifar10-b1-standardized"].methods)
     assert "bnp_gn" in SMALL["cnn-cifar10-b2-raw"].methods
     assert SMALL["drift-digits"].methods == SMALL["tabular-raw"].methods == lineups.CORE

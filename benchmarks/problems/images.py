@@ -299,7 +299,7 @@ def image_problems(scale: Scale) -> Iterator[Problem]:
     both: tuple[Inputs, Inputs] = ("raw", "standardized")
     connected = functools.partial(fully_connected, scale=scale)
     for batch_size in (60, 1):
-        methods = lineups.CORE if batch_size == 60 else lineups.SMALL_BATCH
+        methods = lineups.WITH_KFAC if batch_size == 60 else lineups.SMALL_BATCH
         for inputs in both:
             yield connected("digits", batch_size, inputs, methods=methods)
     for name in ("mnist", "fashion_mnist"):

@@ -18,6 +18,9 @@ CORE = (
     "muon_z",
 )
 
+# A step of K-FAC on the 3072 inputs of CIFAR-10 takes hundreds of SGD's: small inputs only.
+WITH_KFAC = (*CORE, "kfac")
+
 # Batch normalization's remedies for small batches.
 REMEDIES = ("batchrenorm", "four_things")
 SMALL_BATCH = (*CORE, *REMEDIES)
