@@ -26,7 +26,7 @@ from benchmarks.problems import Data, Problem, Scale
 from benchmarks.runner import Job, run
 
 # A search brackets its best rate with about so many runs.
-_TUNING_RUNS = 4
+_TUNING_RUNS = 6
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,14 +115,16 @@ def run(job: Job, say: Callable[[str], None], advance: Callable[[], None]) -> Ce
     trainer = make_trainer(job.problem, job.name, job.method, job.data)
     here = environment()
     while True:
-        scores = tuning_scores(cell, whole=job.problem.drift is not None)
-        rate = next_rate(scores, cell.grid, job.method.start)
+        scores = tuning_scores(cell, job.problem.drift is not None)
+        learned = {rate: _if_learned(score, job) for rate, score in scores.items()}
+        rate = next_rate(learned, cell.grid, job.method.start)
         if rate is not None:
             cell = _with(cell, trainer, "tuning", rate, TUNING_SEED, job.data.validation, here)
         else:
-            rate = best_rate(scores, cell.grid, job.method.start)
+            learned = learned if max(learned.values()) > -math.inf else scores
+            rate = best_rate(learned, cell.grid, job.method.start)
             usable = scores[rate] > -math.inf
-            cell = dataclasses.replace(cell, rate=rate if usable else None)
+            cell = _at(cell, rate if usable else None)
             done = {run.seed for run in cell.runs if run.role == "final"}
             left = [seed for seed in range(1, cell.seeds + 1) if seed not in done]
             if not usable or not left:
@@ -146,6 +148,26 @@ def tuning_scores(cell: Cell, whole: bool) -> dict[float, float]:
         run.rate: float(np.mean(run.score[last:])) for run in cell.runs if run.role == "tuning"
     }
     return {rate: mean if math.isfinite(mean) else -math.inf for rate, mean in means.items()}
+
+
+def chance(job: Job) -> float:
+    """The score that no learning explains: a constant guess, and two standard errors."""
+    y = np.asarray(job.data.validation.y)
+    if job.problem.task == "regression":
+        return 0.0
+    share = np.unique(y, return_counts=True)[1].max() / y.size
+    return float(share + 2.0 * math.sqrt(share * (1.0 - share) / y.size))
+
+
+def _if_learned(score: float, job: Job) -> float:
+    """-inf for a score by chance: among those, a search would stop anywhere."""
+    return score if score > chance(job) else -math.inf
+
+
+def _at(cell: Cell, rate: float | None) -> Cell:
+    """The cell at the chosen rate, without final runs at another that was chosen before."""
+    runs = [run for run in cell.runs if run.role == "tuning" or run.rate == rate]
+    return dataclasses.replace(cell, rate=rate, runs=runs)
 
 
 def _with(

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 def next_rate(scores: Mapping[float, float], grid: Sequence[float], start: float) -> float | None:
     """The learning rate to try next, or None once the best is bracketed.
 
-    Climbs from the rate nearest to `start` to the neighbours of the best so far, until both have
-    been tried or there are none. From rates that all diverged it goes down. What has been tried is
-    all it needs, so a search can be interrupted.
+    Climbs from the rate nearest to `start` to the neighbours of the best so far, until two on
+    either side have been tried, or there are no more: one seed's score may dip. From rates that
+    all failed it goes down. What has been tried is all it needs, so a search can be interrupted.
 
     Args:
-      scores: Of the rates tried; -inf if training diverged.
+      scores: Of the rates tried; -inf if training failed.
       grid: Rates, increasing.
       start: Where the search begins.
     """
@@ -22,7 +22,7 @@ def next_rate(scores: Mapping[float, float], grid: Sequence[float], start: float
         lowest = grid.index(min(scores))
         return grid[lowest - 1] if lowest > 0 else None
     place = grid.index(best_rate(scores, grid, start))
-    for neighbour in (place - 1, place + 1):
+    for neighbour in (place - 1, place + 1, place - 2, place + 2):
         if 0 <= neighbour < len(grid) and grid[neighbour] not in scores:
             return grid[neighbour]
     return None

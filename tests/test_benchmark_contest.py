@@ -18,12 +18,13 @@ from rich.console import Console
 
 import bnp_optax
 from benchmarks import __main__ as cli
-from benchmarks import campaign, cells
+from benchmarks import campaign, cells, runner
+from benchmarks.data import Split
 from benchmarks.methods import METHODS
 from benchmarks.problems import problems
 from benchmarks.runner import TRAINERS, Job, SettingsError, run, tuning_scores
 from benchmarks.train import batch_indices
-from benchmarks.trainer import Trainer
+from benchmarks.trainer import Curves, Trainer
 
 ROOT = Path(__file__).parent.parent
 GRID = (0.003, 0.03, 0.3)
@@ -188,6 +189,46 @@ def test_a_cell_that_diverges_at_every_rate_is_complete_without_one(tmp_path, di
     assert cell.complete
     assert cell.rate is None
     assert all(r.role == "tuning" for r in cell.runs)
+
+
+def test_rates_at_which_nothing_is_learned_do_not_stop_the_search(tmp_path, digits, monkeypatch):
+    grid = (1e-3, 1e-2, 1e-1, 1.0)
+
+    class Fake:
+        def __init__(self, *args):
+            pass
+
+        def __call__(self, rate, seed, split):
+            score = 0.1 if rate > 1e-3 else 0.11 if learns else 0.1
+            return Curves(*np.full((3, 4), score), 0.0)
+
+    monkeypatch.setitem(runner.TRAINERS, "sgd", Fake)
+    plenty = dataclasses.replace(
+        digits, validation=Split(digits.validation.x, np.arange(10**5) % 10)
+    )
+    for learns in (True, False):
+        path = tmp_path / f"{learns}.json"
+        cell = run(job(path, plenty, grid=grid), print, lambda: None)
+        assert [r.rate for r in cell.runs if r.role == "tuning"] == [1e-1, 1e-2, 1e-3]
+        # Where no rate learns, there is still a result: that of the customary one.
+        assert cell.rate == (1e-3 if learns else 1e-1)
+
+
+def test_a_better_rate_found_later_replaces_the_final_runs(tmp_path, digits):
+    path = tmp_path / "c.json"
+    cell = run(job(path, digits), print, lambda: None)
+    other = next(rate for rate in GRID if rate != cell.rate)
+    moved = [dataclasses.replace(r, rate=other) if r.role == "final" else r for r in cell.runs]
+    cells.write(path, dataclasses.replace(cell, runs=moved, rate=other))
+    again = run(job(path, digits), print, lambda: None)
+    assert curves(again) == curves(cell)
+
+
+def test_chance_is_a_constant_guess_and_its_error(digits):
+    n = len(digits.validation.y)
+    share = np.bincount(digits.validation.y).max() / n
+    expected = share + 2 * np.sqrt(share * (1 - share) / n)
+    assert runner.chance(job(Path("c.json"), digits)) == pytest.approx(expected)
 
 
 def test_more_seeds_continue_and_other_settings_are_refused(tmp_path, digits):

@@ -24,7 +24,8 @@ def test_finds_the_best_from_anywhere_and_brackets_it(best, start):
     tried, found = search(lambda rate: -abs(math.log(rate / best)), start)
     assert found == best
     place = GRID.index(best)
-    assert {GRID[i] for i in (place - 1, place + 1) if 0 <= i < len(GRID)} <= set(tried)
+    around = range(place - 2, place + 3)
+    assert {GRID[i] for i in around if 0 <= i < len(GRID)} <= set(tried)
 
 
 def test_begins_at_the_nearest_of_the_grid():
@@ -47,4 +48,9 @@ def test_ends_when_all_diverge():
 def test_of_equal_rates_the_one_nearest_to_the_start_is_chosen():
     tried, found = search(lambda rate: 0.5, 0.1)
     assert found == 0.1
-    assert sorted(tried) == [0.01, 0.1, 1.0]
+    assert sorted(tried) == [0.001, 0.01, 0.1, 1.0, 10.0]
+
+
+def test_a_dip_beside_the_best_so_far_does_not_end_the_search():
+    scores = {0.1: 0.14, 0.01: 0.12, 0.001: 0.3, 1.0: 0.1, 10.0: 0.1}
+    assert search(scores.__getitem__, 0.1)[1] == 0.001

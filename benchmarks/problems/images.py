@@ -61,7 +61,7 @@ PAPER: dict[Name, Sizes] = {
 }
 # By batch size.
 FULLY_CONNECTED = {60: Length(1200, 30), 6: Length(2500, 20), 1: Length(4000, 10)}
-CONVOLUTIONAL = {128: Length(150, 30), 2: Length(2000, 10), 1: Length(2000, 10)}
+CONVOLUTIONAL = {128: Length(120, 30), 2: Length(2000, 10), 1: Length(2000, 10)}
 DIGITS_STEPS = {60: 1000, 1: 3000}
 
 HIDDEN = (100, 100, 100)

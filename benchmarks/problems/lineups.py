@@ -34,7 +34,6 @@ CONVOLUTIONAL = (
     "adam",
     "batchnorm",
     "layernorm",
-    "groupnorm",
     "batchnorm_adam",
     "layernorm_adam",
     *REMEDIES,
@@ -48,14 +47,11 @@ RESIDUAL = ("batchnorm_momentum", "groupnorm_momentum", "bnp_momentum", "bnp_gn_
 
 TRANSFORMER = (
     "sgd",
-    "adam",
     "adamw",
     "muon",
-    "layernorm_adam",
     "layernorm_adamw",
     "layernorm_muon",
     "bnp_sgd",
-    "adam_z",
     "adamw_z",
     "muon_z",
     "adamw_z_ln",
