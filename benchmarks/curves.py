@@ -70,7 +70,7 @@ GROUPS = (
     ),
     Group(
         "drift",
-        "Inputs that drift",
+        "Inputs that drift in the middle third (shaded)",
         ("drift-*",),
         ("sgd", "adam", "batchnorm", "layernorm", "bnp_sgd", "adam_z"),
     ),
@@ -185,6 +185,8 @@ def _panel(
             **style,
         )
         axis.fill_between(at, bottom, top, color=style["color"], alpha=0.15, lw=0)
+    if "drift" in problem["name"]:
+        axis.axvspan(problem["steps"] / 3, 2 * problem["steps"] / 3, color="0.9", zorder=0)
     if quantity == "train_loss":
         axis.set_yscale("log")
         # A power of ten alone may be the only one in a panel.

@@ -91,7 +91,7 @@ def _four_things(rate: Any, layers: Layers | None) -> optax.GradientTransformati
 
 def _kfac(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
     msg = "K-FAC is no Optax transformation; train with `benchmarks.kfac.KfacTrainer`"
-    raise NotImplementedError(msg)
+    raise RuntimeError(msg)
 
 
 def _after_bnp(**options: Any) -> Make:

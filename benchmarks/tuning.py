@@ -9,7 +9,8 @@ def next_rate(scores: Mapping[float, float], grid: Sequence[float], start: float
 
     Climbs from the rate nearest to `start` to the neighbours of the best so far, until two on
     either side have been tried, or there are no more: one seed's score may dip. From rates that
-    all failed it goes down. What has been tried is all it needs, so a search can be interrupted.
+    all failed it goes down, and then up: too small a rate fails, too, in a short run. What has been
+    tried is all it needs, so a search can be interrupted.
 
     Args:
       scores: Of the rates tried; -inf if training failed.
@@ -19,8 +20,10 @@ def next_rate(scores: Mapping[float, float], grid: Sequence[float], start: float
     if not scores:
         return grid[_nearest(grid, start)]
     if all(score == -math.inf for score in scores.values()):
-        lowest = grid.index(min(scores))
-        return grid[lowest - 1] if lowest > 0 else None
+        lowest, highest = grid.index(min(scores)), grid.index(max(scores))
+        if lowest > 0:
+            return grid[lowest - 1]
+        return grid[highest + 1] if highest + 1 < len(grid) else None
     place = grid.index(best_rate(scores, grid, start))
     for neighbour in (place - 1, place + 1, place - 2, place + 2):
         if 0 <= neighbour < len(grid) and grid[neighbour] not in scores:

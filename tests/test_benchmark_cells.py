@@ -204,7 +204,6 @@ for cell in itertools.cycle([many, few]):
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
 def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     path = tmp_path / "sgd.json"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

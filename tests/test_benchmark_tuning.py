@@ -40,9 +40,14 @@ def test_goes_down_from_rates_that_diverge():
     assert found == 0.01
 
 
-def test_ends_when_all_diverge():
+def test_tries_them_all_before_it_gives_up():
     tried, _ = search(lambda rate: -math.inf, 0.1)
-    assert tried == [0.1, 0.01, 0.001]
+    assert tried == [0.1, 0.01, 0.001, 1.0, 10.0]
+
+
+def test_finds_rates_above_those_that_fail():
+    tried, found = search(lambda rate: rate if rate > 0.1 else -math.inf, 0.1)
+    assert found == 10.0
 
 
 def test_of_equal_rates_the_one_nearest_to_the_start_is_chosen():
