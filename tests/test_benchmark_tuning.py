@@ -46,7 +46,7 @@ def test_tries_them_all_before_it_gives_up():
 
 
 def test_finds_rates_above_those_that_fail():
-    tried, found = search(lambda rate: rate if rate > 0.1 else -math.inf, 0.1)
+    _, found = search(lambda rate: rate if rate > 0.1 else -math.inf, 0.1)
     assert found == 10.0
 
 
