@@ -19,6 +19,8 @@ from benchmarks.tables import score_name
 
 LIMIT = 7
 _COLUMNS = 4
+# Width of an entry of the legend, in inches.
+_ENTRY = 2.3
 _ROWS: tuple[Quantity, ...] = ("train_loss", "score")
 # For methods that share a color with another in the same figure.
 _MARKERS = ("", "o", "s", "^", "D")
@@ -151,7 +153,7 @@ def draw(group: Sequence[Contest], about: Group) -> Figure:
     figure.legend(
         *zip(*entries, strict=True),
         loc="outside lower center",
-        ncols=min(len(entries), 2 * columns + 1),
+        ncols=min(len(entries), int(size[0] / _ENTRY)),
         frameon=False,
     )
     figure.suptitle(about.title)
