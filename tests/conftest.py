@@ -1,6 +1,7 @@
 """Strictness for the whole suite: array types checked at run time, no silent rank promotion."""
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -11,3 +12,10 @@ CHECKED = ["bnp_optax.capture.linen_layers", "bnp_optax.preconditioners.centerin
 
 with install_import_hook(CHECKED, "beartype.beartype"):
     import bnp_optax  # noqa: F401
+
+
+@pytest.fixture
+def x64():
+    """Compute in float64."""
+    with jax.enable_x64(True):
+        yield
