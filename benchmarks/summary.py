@@ -186,13 +186,14 @@ def _summary(cell: Cell, note: str | None, target: float | None) -> Summary:
         final=final,
         diverged=sum(not all(np.isfinite(getattr(r, q)[-1]) for q in quantities) for r in runs),
         steps_to_target=reached,
-        time_to_target=None if reached is None else reached * seconds_per_step(cell),
+        time_to_target=None if reached is None else reached * _seconds_per_step(cell),
     )
 
 
-def seconds_per_step(cell: Cell) -> float:
-    """Of the cell's fastest run."""
-    return min(run.seconds for run in cell.runs) / cell.problem["steps"]
+def _seconds_per_step(cell: Cell) -> float:
+    """Of the cell's fastest run that went to the end; NaN if all diverged, and so ended early."""
+    whole = [run.seconds for run in cell.runs if np.isfinite(run.train_loss[-1])]
+    return min(whole, default=np.nan) / cell.problem["steps"]
 
 
 def _steps_to(cell: Cell, target: float) -> int | None:

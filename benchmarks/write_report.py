@@ -16,7 +16,8 @@ on the validation split; they have the same seeds, steps and data, unless the ta
 Losses and scores are those of the last step, on the test split: mean (lowest to highest) over the
 seeds. The training loss is the mean over the batches since the evaluation before. **Bold** is the
 best of a column. The target is the last training loss of SGD; the time to it is that of so many
-steps of the method's fastest run, without compilation and evaluation.
+steps of the method's fastest whole run, without compilation and evaluation; what a step costs is
+measured with more care by `python -m benchmarks cost`.
 
 The best of this library's methods (ours) is compared with the best baseline, both by the test
 split, and is *even* with it where the ranges of the seeds overlap."""

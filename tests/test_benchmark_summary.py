@@ -23,12 +23,14 @@ def test_numbers_of_a_summary():
 def test_steps_and_time_to_the_loss_of_sgd():
     # 2.3 to 0.023 in 19 equal factors: 0.23 is passed halfway, between points 10 and 11.
     fast = make_cell(method="adam", losses=(0.023,) * 3, seconds=8.0)
+    # One that diverges ends early, and tells nothing of the time of a step.
+    fast = altered(fast, runs=[*fast.runs, run("tuning", 3.0, 0, 0.1, np.nan, np.nan)])
     slow = make_cell(method="layernorm", losses=(0.3,) * 3)
     contest = only([make_cell(losses=(0.23,) * 3), fast, slow])
     assert contest.target == pytest.approx(0.23)
     assert contest.summaries["sgd"].steps_to_target == STEPS
     assert contest.summaries["adam"].steps_to_target == 110
-    # Its fastest run took 8 s for 200 steps.
+    # Its fastest whole run took 8 s for 200 steps.
     assert contest.summaries["adam"].time_to_target == pytest.approx(110 * 8.0 / 200)
     assert contest.summaries["layernorm"].steps_to_target is None
     assert contest.summaries["layernorm"].time_to_target is None
