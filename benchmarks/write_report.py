@@ -38,9 +38,12 @@ def report(results: Path, output: Path) -> str:
         parts.append(f"No results in `{results.name}`.")
     else:
         parts += ["## Overview", overview(compared)]
-        parts += ["## The paper's claims", _claims(claims(compared))]
+        checked = claims(compared)
+        if replicates := any(claim.verdict != "no data" for claim in checked):
+            parts += ["## The paper's claims", _claims(checked)]
         parts += _sections(compared, figures)
-        parts += ["## Learning rates beside the paper's Tables 2 and 3", rates(compared)]
+        if replicates:
+            parts += ["## Learning rates beside the paper's Tables 2 and 3", rates(compared)]
     parts += _gaps(compared, errors, aside, results)
     text = "\n\n".join(parts) + "\n"
     output.mkdir(parents=True, exist_ok=True)

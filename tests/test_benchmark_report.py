@@ -3,7 +3,7 @@
 import re
 
 import matplotlib.image
-from report_cells import FC6, paper_cells, rows
+from report_cells import FC6, make_cell, paper_cells, rows
 
 from benchmarks import cells, write_report
 
@@ -17,6 +17,8 @@ def test_the_report(tmp_path):
     (results / FC6 / "adam_z.json.corrupt").write_text("{")
     text = write_report.report(results, output)
     assert (output / "report.md").read_text() == text
+    assert "## The paper's claims" in text
+    assert "## Learning rates beside" in text
     links = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert links == ["figure-3.png", "figure-4.png"]
     for link in links:
@@ -26,6 +28,14 @@ def test_the_report(tmp_path):
     assert f"- `{FC6}/adam_z.json.corrupt`: set aside as corrupt" in text
     assert "- `cnn-cifar10-b1-raw/batchnorm`: diverged at every rate" in text
     assert text.index("### Title of fc-mnist") < text.index(f"### Title of {FC6}")
+
+
+def test_a_report_without_the_papers_problems(tmp_path):
+    cells.write(tmp_path / "friedman-raw" / "sgd.json", make_cell("friedman-raw"))
+    text = write_report.report(tmp_path, tmp_path / "report")
+    assert "The paper's" not in text
+    assert "Learning rates beside" not in text
+    assert "Title of friedman-raw" in text
 
 
 def test_a_report_of_nothing(tmp_path):
