@@ -187,6 +187,15 @@ METHODS: dict[str, Method] = {
     "adam_z_floor": Method(
         "Adam in z, eps_rel 1e-4", "none", _in_z(_adam, eps_rel=1e-4), True, _SKY, "-", 1e-3
     ),
+    "adam_z_centered": Method(
+        "Adam in z, eps_rel 10: hardly more than centered",
+        "none",
+        _in_z(_adam, eps_rel=10.0),
+        True,
+        _GREEN,
+        "--",
+        1e-3,
+    ),
     "muon_z_floor": Method(
         "Muon in z, eps_rel 1e-4",
         "none",
