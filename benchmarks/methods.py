@@ -38,6 +38,7 @@ class Method:
       color: In figures; the palette of Okabe and Ito, safe for colour-blind readers.
       dashes: Line style in figures.
       start: The learning rate at which the search for the best begins: the customary one.
+      embeddings: Whether tables that rows are looked up in count as layers.
     """
 
     label: str
@@ -47,6 +48,7 @@ class Method:
     color: str
     dashes: str
     start: float = 1e-1
+    embeddings: bool = False
 
 
 def is_kernel(params: Any) -> Any:
@@ -186,6 +188,16 @@ METHODS: dict[str, Method] = {
     ),
     "adam_z_floor": Method(
         "Adam in z, eps_rel 1e-4", "none", _in_z(_adam, eps_rel=1e-4), True, _SKY, "-", 1e-3
+    ),
+    "adam_z_embeddings": Method(
+        "Adam in z, warm, embeddings too",
+        "none",
+        _in_z(_adam, warm_start=True),
+        True,
+        _YELLOW,
+        "-.",
+        1e-3,
+        embeddings=True,
     ),
     "adam_z_centered": Method(
         "Adam in z, eps_rel 10: hardly more than centered",

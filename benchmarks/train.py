@@ -78,7 +78,8 @@ def find_layers(
     if not method.needs_stats:
         return None
     params, model_state = _split(variables)
-    return bnp_optax.find_layers(make_loss(model, losses), params, model_state, x, y)
+    loss_fn = make_loss(model, losses)
+    return bnp_optax.find_layers(loss_fn, params, model_state, x, y, embeddings=method.embeddings)
 
 
 def make_step(
@@ -92,7 +93,9 @@ def make_step(
 
     def gradient(*args: Any) -> tuple[Any, Any, dict[str, Any]]:
         if method.needs_stats:
-            with_stats = bnp_optax.value_and_grad(loss_fn, has_aux=True, layers=layers)
+            with_stats = bnp_optax.value_and_grad(
+                loss_fn, has_aux=True, layers=layers, embeddings=method.embeddings
+            )
             value, grads, stats = with_stats(*args)
             return value, grads, {"layer_stats": stats}
         return *jax.value_and_grad(loss_fn, has_aux=True)(*args), {}

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from benchmark_network_cases import QUICK, initial
 
+from benchmarks import train
+from benchmarks.methods import METHODS
 from benchmarks.transformer import CharTransformer
 from bnp_optax._tree import named_leaves
 
@@ -53,3 +55,18 @@ def test_transformer_refuses_texts_beyond_its_context():
     model = CharTransformer(11, context=3)
     with pytest.raises(ValueError, match=r"`context` = 3, got length 4"):
         model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+
+
+def test_tables_count_as_layers_where_the_method_says_so():
+    model = CharTransformer(vocabulary=5, width=8, depth=1, heads=2, context=4)
+    x = jnp.array([[0, 1, 2, 3], [4, 3, 2, 1]])
+    variables = model.init(jax.random.key(0), x)
+    tables = {"Embed_0/embedding", "Embed_1/embedding"}
+    with_tables = train.find_layers(model, METHODS["adam_z_embeddings"], variables, x, x)
+    without = train.find_layers(model, METHODS["adam_z"], variables, x, x)
+    assert set(with_tables) == {*without, *tables}
+    assert tables.isdisjoint(without)
+    step = train.make_step(model, METHODS["adam_z_embeddings"], with_tables)
+    carry = train.init_carry(METHODS["adam_z_embeddings"], with_tables, variables)
+    _, loss = step(1e-3, carry, x, x)
+    assert jnp.isfinite(loss)
