@@ -81,13 +81,14 @@ def bnp(
       decay: rho in [0, 1), of the running statistics.
       eps_rel: epsilon_1 >= 0, floor of the variance relative to the layer's largest. Inputs more
         than 1 / sqrt(eps_rel) times smaller than the largest, 10 times by default, are not scaled
-        up any further; features of raw tables need 1e-4 or less.
+        up any further. Raw features of very different scale need less; 10 hardly scales, only
+        centers, which may do better with Adam where inputs are alike in scale.
       eps_abs: epsilon_2 >= 0, absolute floor of the variance.
       scale: Whether to divide by q. It balances the layers for a plain gradient step; with an
         adaptive optimizer in z it divides the learning rate, which pays with Adam and not with
-        Muon. With SGD and wide inputs at batches of 1 to 6, False does better.
+        Muon. With SGD, False may do better where n is much larger than N.
       warm_start: Start the running statistics with the first batch's instead of 0 and 1. It pays
-        in runs of a few times 1 / (1 - decay) steps, if the first batch is no single example.
+        in short runs, of a few times 1 / (1 - decay) steps, on batches large enough to tell.
       variance: `'batch'` takes the variance about the batch's mean, `'running'` about the running
         mean; `'auto'` does so where the layer saw a single row, whose own variance is 0.
       batch_size: N in q, where the statistics do not know it, such as those of one shard. None
