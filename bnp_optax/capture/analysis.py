@@ -5,15 +5,14 @@ rearranges them, into products and into the functions that the jaxpr calls.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.extend.core import Literal
 from jax.extend.core import primitives as prims
 
-from bnp_optax.capture import views
+from bnp_optax.capture import products, views
 from bnp_optax.capture.pairing import (
     add_bias,
     compose,
@@ -25,7 +24,8 @@ from bnp_optax.capture.pairing import (
     partners,
 )
 from bnp_optax.capture.plan import Bias, Plan, Product, Use
-from bnp_optax.capture.reading import Options, Reading, Window, contraction, convolution, lookup
+from bnp_optax.capture.products import Multiplied
+from bnp_optax.capture.reading import Options
 from bnp_optax.capture.rearrangements import is_cast, rearranged
 from bnp_optax.capture.views import Piece, View
 
@@ -173,140 +173,49 @@ class _Analysis:
         self.products[eqn.outvars[0]] = Product(tuple(entries))
 
     def dot_general(self, index: int, eqn: Any) -> None:
-        (contract, batch) = eqn.params["dimension_numbers"]
         sides = [self.view(atom) for atom in eqn.invars[:2]]
-        if all(sides):
-            for view in sides:
-                self.note(view, "dot_general with another parameter")  # type: ignore[arg-type]
-            return
-        for side in (0, 1):
-            view, inputs = sides[side], eqn.invars[1 - side]
+        for side, view in enumerate(sides):
             if view is None:
                 continue
-            if view.altered:
-                self.alter(view, view.altered)
-                continue
-            if not contract[side]:
-                self.note(view, "dot_general that sums over none of its axes")
-                continue
-            met = dict(zip(contract[side], contract[1 - side], strict=True))
-            summed = set(met.values())
-            # Along axes of copies a parameter is one, so these are averaged over like rows.
-            met |= {
-                ours: theirs
-                for ours, theirs in zip(batch[side], batch[1 - side], strict=True)
-                if not view.is_filled(ours)
-            }
-            axis_of = tuple(met.get(axis) for axis in range(len(view.shape)))
-            free = [
-                axis
-                for axis in range(len(view.shape))
-                if axis not in contract[side] and axis not in batch[side]
-            ]
-            rest = [None] * (
-                len(inputs.aval.shape) - len(contract[1 - side]) - len(batch[1 - side])
-            )
-            out_axes = [*batch[side], *((free + rest) if side == 0 else (rest + free))]
-            self.measure(
-                index,
-                eqn,
-                view,
-                inputs,
-                lambda x, axis_of=axis_of, summed=summed: contraction(
-                    x, axis_of, summed, self.options
-                ),
-                batch[side],
-                out_axes,
-                "Dense",
-            )
+            if all(sides):
+                self.note(view, "dot_general with another parameter")
+            else:
+                found = products.dot_general(eqn, side, view, self.options)
+                self.multiply(index, eqn, view, found)
 
     def conv(self, index: int, eqn: Any) -> None:
-        lhs, rhs = eqn.invars
-        params = eqn.params
-        if self.view(lhs) is not None:
-            self.note(self.view(lhs), "conv_general_dilated as its input")  # type: ignore[arg-type]
-        view = self.view(rhs)
-        if view is None:
-            return
-        if view.altered:
-            self.alter(view, view.altered)
-            return
-        if self.view(lhs) is not None:
-            return
-        if params["batch_group_count"] != 1:
-            self.note(view, "conv_general_dilated with batch groups")
-            return
-        numbers = params["dimension_numbers"]
-        to_standard = (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
-        inputs_first = (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
-        standard = views.transpose(view, to_standard)
-        out_shape = eqn.outvars[0].aval.shape
-        window = Window(
-            sizes=standard.shape[:-2],
-            strides=tuple(params["window_strides"]),
-            padding=tuple(params["padding"]),
-            input_dilation=tuple(params["lhs_dilation"]),
-            kernel_dilation=tuple(params["rhs_dilation"]),
-            outputs=tuple(out_shape[axis] for axis in numbers.out_spec[2:]),
-        )
-
-        def reading(x: Any) -> Reading:
-            if isinstance(x, jax.ShapeDtypeStruct):
-                x = jax.ShapeDtypeStruct([x.shape[axis] for axis in inputs_first], x.dtype)
-            else:
-                x = jax.numpy.transpose(x, inputs_first)
-            groups = params["feature_group_count"]
-            positions, features = math.prod(window.outputs), standard.shape[-1]
-            return convolution(x, positions, features, groups, self.options, window)
-
-        out_axes: list[int | None] = [None] * len(out_shape)
-        out_axes[numbers.out_spec[1]] = len(standard.shape) - 1
-        self.measure(index, eqn, standard, lhs, reading, (), out_axes, "Conv")
+        inputs, kernel = (self.view(atom) for atom in eqn.invars)
+        if inputs is not None:
+            self.note(inputs, "conv_general_dilated as its input")
+        if kernel is not None and (inputs is None or kernel.altered):
+            self.multiply(index, eqn, kernel, products.conv(eqn, kernel, self.options))
 
     def is_lookup(self, eqn: Any) -> bool:
         """Whether whole rows of a parameter are looked up, and that is to be measured."""
-        view, numbers = self.view(eqn.invars[0]), eqn.params["dimension_numbers"]
+        view = self.view(eqn.invars[0])
         return (
             self.options.embeddings
             and view is not None
             and view.altered is None
-            and numbers.collapsed_slice_dims == (0,)
-            and numbers.start_index_map == (0,)
-            and not numbers.operand_batching_dims
-            and tuple(eqn.params["slice_sizes"]) == (1, *view.shape[1:])
+            and products.takes_rows(eqn, view)
         )
 
     def lookup(self, index: int, eqn: Any) -> None:
-        table, indices = eqn.invars[:2]
-        view = self.view(table)
+        view = self.view(eqn.invars[0])
         assert view is not None  # as `is_lookup` has found
-        n_rows, n_features = view.shape[0], len(view.shape) - 1
-        nowhere: list[int | None] = [None] * len(eqn.outvars[0].aval.shape)
-        self.measure(
-            index,
-            eqn,
-            view,
-            indices,
-            lambda x: lookup(x, n_rows, n_features, self.options),
-            (),
-            nowhere,
-            "Embed",
-        )
+        self.multiply(index, eqn, view, products.lookup(eqn, view, self.options))
 
-    def measure(
-        self,
-        index: int,
-        eqn: Any,
-        view: View,
-        inputs: Any,
-        measure: Callable[[Any], Reading],
-        batch: Sequence[int],
-        out_axes: Sequence[int | None],
-        kind: str,
-    ) -> None:
-        """Note a product; `out_axes` are the axes of `view` along those of the result."""
+    def multiply(self, index: int, eqn: Any, view: View, found: Multiplied | str) -> None:
+        """Note a product with `view`, or why it is none that is measured."""
+        if view.altered:
+            self.alter(view, view.altered)
+            return
+        if isinstance(found, str):
+            self.note(view, found)
+            return
+        view, inputs = found.view, found.inputs
         ndim = len(view.shape)
-        reading = measure(jax.ShapeDtypeStruct(inputs.aval.shape, inputs.aval.dtype))
+        reading = found.measure(jax.ShapeDtypeStruct(inputs.aval.shape, inputs.aval.dtype))
         summed = [axis % ndim for axis in reading.input_axes]
         # What is measured is what came before a cast, whose digits a small spread needs, and before
         # `shard_map` made it vary over devices.
@@ -325,16 +234,18 @@ class _Analysis:
                 inner=None,
                 branch=0,
                 input_axes=input_axes,
-                stacked_axes=frozenset().union(*(piece.axes[axis] for axis in batch)),
+                stacked_axes=frozenset().union(*(piece.axes[axis] for axis in found.batch)),
                 positions=reading.positions,
                 count=reading.count,
-                kind=kind,
-                measure=measure,
+                kind=found.kind,
+                measure=found.measure,
                 inputs=inputs,
                 depends=self.depends(inputs),
             )
             self.plan.uses.append(use)
-            axes = tuple(frozenset() if axis is None else piece.axes[axis] for axis in out_axes)
+            axes = tuple(
+                frozenset() if axis is None else piece.axes[axis] for axis in found.out_axes
+            )
             entries.append((use, axes))
         if entries:
             self.products[eqn.outvars[0]] = Product(tuple(entries))
