@@ -6,7 +6,15 @@ rerun also yields the loss: one that agrees with the loss function's has run the
 """
 
 # Each of these adds its cases.
-from capture_models import equinox, haiku, linen, nnx, plain, plain_transformed  # noqa: F401
+from capture_models import (  # noqa: F401
+    equinox,
+    haiku,
+    linen,
+    linen_convolutions,
+    nnx,
+    plain,
+    plain_transformed,
+)
 from capture_models.record import CASES, Case, Model, Record, filled, inputs, score
 
 __all__ = ["CASES", "Case", "Model", "Record", "filled", "inputs", "score"]
