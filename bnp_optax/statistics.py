@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ from jaxtyping import Array, Float
 
 # Below this multiple of the float32 spacing, E[m^2] - E[m]^2 is rounding, not variance.
 _ROUNDING = 2 * float(jnp.finfo(jnp.float32).eps)
+# Sums of fewer float32 numbers keep their digits in any order.
+MANY_ROWS = 2**14
 
 
 @functools.partial(
@@ -83,6 +86,18 @@ def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     In two passes: the variance is summed from differences to the mean, of the size of the spread.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = jnp.mean(x, axis=axes, keepdims=True)
-    var = jnp.mean((x - mean) ** 2, axis=axes)
-    return jnp.squeeze(mean, axes).astype(jnp.float32), var.astype(jnp.float32)
+    mean = _mean(x, axes)
+    var = _mean((x - mean) ** 2, axes)
+    return jnp.squeeze(mean, axes).astype(jnp.float32), jnp.squeeze(var, axes).astype(jnp.float32)
+
+
+def _mean(x: Array, axes: tuple[int, ...]) -> Array:
+    """The mean over `axes`, which keep their place; of many rows axis by axis, from the last on.
+
+    XLA may sum over several axes one by one (on the CPU before jax 0.10), which loses digits.
+    """
+    if math.prod(x.shape[axis] for axis in axes) <= MANY_ROWS:
+        return jnp.mean(x, axis=axes, keepdims=True)
+    for axis in sorted(axes, reverse=True):
+        x = jnp.mean(x, axis=axis, keepdims=True)
+    return x

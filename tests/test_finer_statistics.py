@@ -248,6 +248,24 @@ def test_padding_does_not_count_in_a_recurrent_network(reverse):
     check_masked(stats["u"], jnp.moveaxis(states(params, x)[1], 0, 1)[MASK > 0])
 
 
+@pytest.mark.parametrize("shape", [(16, 64, 65, 3), (70_001, 3)])
+def test_many_rows_of_unequal_weight_keep_their_digits(shape):
+    """One float32 sum of so many rows would lose the variance where the mean is 10^4 times it."""
+    rng = np.random.default_rng(0)
+    x = (1e4 + rng.normal(size=shape)).astype(np.float32)
+    weights = rng.integers(0, 3, shape[0]).astype(np.float32)
+    captured = bnp_optax.value_and_grad(
+        lambda p, x: jnp.mean(x @ p["w"]), capture="jaxpr", weights=lambda x: jnp.asarray(weights)
+    )
+    _, _, stats = jax.jit(captured)({"w": normal(1, 3, 2)}, jnp.asarray(x))
+    each = np.repeat(weights, np.prod(shape[1:-1], dtype=int))
+    rows = x.reshape(-1, 3).astype(np.float64)
+    mean = np.average(rows, axis=0, weights=each)
+    np.testing.assert_allclose(np.ravel(stats["w"].mean), mean, rtol=5e-7)
+    var = np.average((rows - mean) ** 2, axis=0, weights=each)
+    np.testing.assert_allclose(np.ravel(stats["w"].var), var, rtol=1e-3)
+
+
 def test_weights_of_examples():
     """A row of weight 2 counts as two; a convolution's pixels have their example's weight."""
     weights = jnp.array([2.0, 0.0, 1.0])

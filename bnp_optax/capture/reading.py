@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnp_optax.statistics import moments
+from bnp_optax.statistics import MANY_ROWS, moments
 
 ConvStatistics = Literal["channel", "patch"]
 # Mean, variance, and the sum of the rows' weights with the number of rows.
@@ -301,6 +301,19 @@ def _moments(
     if share is None:
         return *moments(rows, axes), mass
     rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
-    mean = jnp.tensordot(share, rows, 1, precision="highest")
-    var = jnp.tensordot(share, (rows - mean[None]) ** 2, 1, precision="highest")
+    mean = _shared(share, rows)
+    var = _shared(share, (rows - mean[None]) ** 2)
     return mean.astype(jnp.float32), var.astype(jnp.float32), mass
+
+
+def _shared(share: jax.Array, rows: jax.Array) -> jax.Array:
+    """The sum of rows times their shares; of many rows in parts, for one long sum loses digits."""
+    if len(share) <= MANY_ROWS:
+        return jnp.tensordot(share, rows, 1, precision="highest")
+    parts = math.isqrt(len(share) - 1) + 1
+    rest = parts**2 - len(share)
+    share, rows = (
+        jnp.pad(y, ((0, rest), *((0, 0),) * (y.ndim - 1))).reshape(parts, parts, *y.shape[1:])
+        for y in (share, rows)
+    )
+    return jnp.sum(jnp.einsum("pr,pr...->p...", share, rows, precision="highest"), axis=0)
