@@ -67,13 +67,17 @@ def _sections(compared: Sequence[Contest], figures: Sequence[Path]) -> list[str]
 
 
 def _claims(checked: Sequence[Claim]) -> str:
-    counts = Counter(claim.verdict for claim in checked)
-    tally = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    # The paper's experiments have no drift.
+    own = [claim for claim in checked if claim.text.startswith("drift")]
+    papers = [claim for claim in checked if claim not in own]
     rows = [[claim.text, claim.verdict, claim.numbers] for claim in checked]
-    about = "Those of drift are this benchmark's own, for the paper's experiments have none."
-    return f"{len(checked)} claims: {tally}. {about}\n\n" + table(
-        ["claim", "verdict", "numbers"], rows, words=3
-    )
+    tallies = f"Of the paper: {_tally(papers)}. Of this benchmark, about drift: {_tally(own)}."
+    return f"{tallies}\n\n" + table(["claim", "verdict", "numbers"], rows, words=3)
+
+
+def _tally(checked: Sequence[Claim]) -> str:
+    counts = Counter(claim.verdict for claim in checked).most_common()
+    return f"{len(checked)} claims" + "".join(f", {count} {verdict}" for verdict, count in counts)
 
 
 def _gaps(

@@ -301,12 +301,12 @@ def _moments(
     if share is None:
         return *moments(rows, axes), mass
     rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
-    mean = _shared(share, rows)
-    var = _shared(share, (rows - mean[None]) ** 2)
+    mean = _weighted_sum(share, rows)
+    var = _weighted_sum(share, (rows - mean[None]) ** 2)
     return mean.astype(jnp.float32), var.astype(jnp.float32), mass
 
 
-def _shared(share: jax.Array, rows: jax.Array) -> jax.Array:
+def _weighted_sum(share: jax.Array, rows: jax.Array) -> jax.Array:
     """The sum of rows times their shares; of many rows in parts, for one long sum loses digits."""
     if len(share) <= MANY_ROWS:
         return jnp.tensordot(share, rows, 1, precision="highest")

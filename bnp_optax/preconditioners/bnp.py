@@ -81,8 +81,8 @@ def bnp(
       decay: rho in [0, 1), of the running statistics.
       eps_rel: epsilon_1 >= 0, floor of the variance relative to the layer's largest. Inputs more
         than 1 / sqrt(eps_rel) times smaller than the largest, 10 times by default, are not scaled
-        up any further. Raw features of very different scale need less; 10 hardly scales, only
-        centers, which may do better with Adam where inputs are alike in scale.
+        up any further. Raw features of very different scale need less; 10 leaves hardly more than
+        the centering and one scale a layer.
       eps_abs: epsilon_2 >= 0, absolute floor of the variance.
       scale: Whether to divide by q. It balances the layers for a plain gradient step; with an
         adaptive optimizer in z it divides the learning rate, which pays with Adam and not with
