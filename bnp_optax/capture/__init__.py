@@ -2,7 +2,7 @@
 
 from bnp_optax.capture.api import Summary, find_layers, summarize, value_and_grad
 from bnp_optax.capture.dataset import dataset_statistics
-from bnp_optax.capture.layer import Layer
+from bnp_optax.statistics import Layer
 
 __all__ = [
     "Layer",

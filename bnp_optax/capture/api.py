@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from bnp_optax._checks import check_choice, check_count
 from bnp_optax._tree import BIAS, KERNEL, is_named, named_leaves, quoted
 from bnp_optax.capture import jaxpr, linen
-from bnp_optax.capture.layer import Layer, idle_statistics
+from bnp_optax.capture.layer import Layer, idle_statistics, public
 from bnp_optax.capture.reading import ConvStatistics, Options
 from bnp_optax.statistics import LayerStats
 
@@ -122,7 +122,8 @@ def find_layers(
       {'layers_0/kernel': ('Dense', 3), 'layers_2/kernel': ('Dense', 8)}
     """
     options = _options(capture, conv_statistics, None, embeddings)
-    return _discover(loss_fn, params, args, kwargs, capture, options).layers
+    found = _discover(loss_fn, params, args, kwargs, capture, options).layers
+    return {n: public(layer) for n, layer in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,16 +316,12 @@ def value_and_grad(
         chosen, unused = None if layers is None else dict(layers), []
         if chosen is not None:
             _check_names("layers", {n: layer.kernel_shape for n, layer in chosen.items()}, leaves)
-        if chosen and capture == "auto":
-            engines = {layer.engine for layer in chosen.values()}
-            by_linen = engines == {"linen"} and not options.need_jaxpr
-        elif chosen:
-            by_linen = capture == "linen"
-        else:
+        if True:
             found = _by_linen(loss_fn, params, args, kwargs, capture, options)
             by_linen = found is not None
             if found is not None:
-                chosen, unused = found.layers, found.unused
+                chosen = {n: l for n, l in found.layers.items() if chosen is None or n in chosen}
+                unused = found.unused
                 _check_any(found, leaves)
         if by_linen:
             captured = {n: layer for n, layer in (chosen or {}).items() if n not in known}

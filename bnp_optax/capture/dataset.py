@@ -100,8 +100,8 @@ def _of_all(parts: list[LayerStats]) -> LayerStats:
         jnp.asarray(within + between, jnp.float32),
         None,
         jnp.asarray(counts.max(), jnp.float32),
-        kernel=first.kernel,
-        bias=first.bias,
-        input_axes=first.input_axes,
-        positions=first.positions,
+        kernel=first.layer.kernel,
+        bias=first.layer.bias,
+        input_axes=first.layer.input_axes,
+        positions=first.layer.positions,
     )

@@ -198,6 +198,7 @@ def _statistics(found: Found, measures: dict[str, Measure]) -> dict[str, LayerSt
             measure.sq_mean,
             jnp.max(measure.count),
             kernel=name,
+            kernel_shape=found.kernels[name].shape,
             bias=found.kernels[name].bias,
             input_axes=found.kernels[name].input_axes,
             positions=found.kernels[name].positions,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnp_optax._tree import BIAS, sibling
-from bnp_optax.statistics import LayerStats
+from bnp_optax.statistics import Layer as NewLayer, LayerStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,37 +53,26 @@ class Layer:
         return max(self.fan_in / batch_size, math.sqrt(self.positions)) if batch_size else 1.0
 
 
-def statistics(
-    mean: jax.Array, var: jax.Array, sq_mean: jax.Array | None, count: jax.Array, **static: Any
-) -> LayerStats:
-    """`LayerStats` of measured moments; without `sq_mean`, they are of a single batch."""
-    # `sq_mean - mean**2` must not be positive by rounding, however it is evaluated (fused, say).
-    # So the compiler must not compute the mean twice, and the square goes down.
-    mean = lax.optimization_barrier(mean)
-    square = jnp.nextafter(mean**2, jnp.zeros_like(mean))
-    return LayerStats(
-        mean=mean,
-        var=var,
-        sq_mean=square if sq_mean is None else sq_mean,
-        count=count,
-        **static,
-    )
+def statistics(mean, var, sq_mean, count, **static):
+    kernel_shape = static.pop("kernel_shape", ())
+    nd = len(kernel_shape) or jnp.ndim(mean)
+    axes = tuple(i - nd for i in range(nd) if jnp.shape(mean)[i] > 1)
+    layer = NewLayer(**static, stats_axes=axes, kernel_shape=kernel_shape)
+    stats = LayerStats.of_batch(mean, var, count, layer)
+    return stats if sq_mean is None else dataclasses.replace(stats, sq_mean=sq_mean)
 
 
-def idle_statistics(name: str, params: dict[str, Any]) -> LayerStats:
-    """Statistics of a layer that never runs: of no input at all."""
+def public(layer):
+    nd = len(layer.kernel_shape)
+    axes = tuple(i - nd for i in range(nd) if layer.stats_shape[i] > 1)
+    return NewLayer(layer.kernel, layer.bias, layer.input_axes, layer.positions, axes, None, layer.kernel_shape, layer.kind)
+
+
+def idle_statistics(name, params):
     kernel, bias = params[name], sibling(name, BIAS)
     zeros = jnp.zeros((*kernel.shape[:-1], 1), jnp.float32)
-    return LayerStats(
-        mean=zeros,
-        var=zeros,
-        sq_mean=zeros,
-        count=jnp.zeros((), jnp.float32),
-        kernel=name,
-        bias=bias if bias in params else None,
-        input_axes=tuple(range(-kernel.ndim, -1)),
-        positions=1,
-    )
+    return statistics(zeros, zeros, zeros, jnp.zeros((), jnp.float32), kernel=name, bias=bias if bias in params else None,
+        input_axes=tuple(range(-kernel.ndim, -1)), positions=1, kernel_shape=tuple(kernel.shape))
 
 
 def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:

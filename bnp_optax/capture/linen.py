@@ -251,6 +251,7 @@ def _finalize(layer: Layer, sums: Probe) -> LayerStats:
         None,
         jnp.max(sums["count"]),
         kernel=layer.kernel,
+        kernel_shape=layer.kernel_shape,
         bias=layer.bias,
         input_axes=layer.input_axes,
         positions=layer.positions,
