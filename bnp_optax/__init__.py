@@ -5,7 +5,6 @@ from typing import Any
 
 from bnp_optax.alias import adam_l1, bnp_adam, bnp_adamw, bnp_sgd
 from bnp_optax.capture import (
-    Layer,
     Summary,
     dataset_statistics,
     find_layers,
@@ -22,7 +21,7 @@ from bnp_optax.preconditioners import (
     compose,
     rms,
 )
-from bnp_optax.statistics import LayerStats
+from bnp_optax.statistics import Layer, LayerStats
 from bnp_optax.training import TrainState
 from bnp_optax.transforms import (
     GradientRegularizationState,

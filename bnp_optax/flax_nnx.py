@@ -8,9 +8,9 @@ import jax
 from flax import nnx
 
 from bnp_optax import capture
-from bnp_optax.capture import Layer, Summary
-from bnp_optax.capture.reading import ConvStatistics
-from bnp_optax.statistics import LayerStats
+from bnp_optax.capture import Summary
+from bnp_optax.capture.moments import ConvStatistics
+from bnp_optax.statistics import Layer, LayerStats
 
 
 class _Pure:
@@ -90,7 +90,7 @@ def find_layers(
     """
     pure = _Pure(loss_fn, model, args, kwargs, wrt)
     return capture.find_layers(
-        pure.loss, pure.params, capture="jaxpr", conv_statistics=conv_statistics
+        pure.loss, pure.params, conv_statistics=conv_statistics
     )
 
 
@@ -116,7 +116,7 @@ def summarize(
       1 of 1 kernels covered, 100.0% of their 6 entries.
     """
     pure = _Pure(loss_fn, model, args, kwargs, wrt)
-    return capture.summarize(pure.loss, pure.params, capture="jaxpr")
+    return capture.summarize(pure.loss, pure.params)
 
 
 def value_and_grad(
@@ -183,7 +183,6 @@ def value_and_grad(
             functools.partial(pure.loss_and_state, has_aux=has_aux),
             has_aux=True,
             layers=layers,
-            capture="jaxpr",
             conv_statistics=conv_statistics,
             sample_rows=sample_rows,
             embeddings=embeddings,

@@ -147,29 +147,3 @@ class LayerStats:
     def batch_size(self) -> Float[Array, ""]:
         """N, the number of examples."""
         return self.count / self.layer.positions
-
-
-MANY_ROWS = 2**14
-
-
-def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """Mean and biased variance of `x` over `axes`, accurate where |mean| >> standard deviation.
-
-    In two passes: the variance is summed from differences to the mean, of the size of the spread.
-    """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = _mean(x, axes)
-    var = _mean((x - mean) ** 2, axes)
-    return jnp.squeeze(mean, axes).astype(jnp.float32), jnp.squeeze(var, axes).astype(jnp.float32)
-
-
-def _mean(x: Array, axes: tuple[int, ...]) -> Array:
-    """The mean over `axes`, which keep their place; of many rows axis by axis, from the last on.
-
-    XLA may sum over several axes one by one (on the CPU before jax 0.10), which loses digits.
-    """
-    if math.prod(x.shape[axis] for axis in axes) <= MANY_ROWS:
-        return jnp.mean(x, axis=axes, keepdims=True)
-    for axis in sorted(axes, reverse=True):
-        x = jnp.mean(x, axis=axis, keepdims=True)
-    return x

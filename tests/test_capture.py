@@ -126,10 +126,10 @@ def test_count_positions_axes_and_bias(name, kernel, count, positions, input_axe
     layer_stats = stats[kernel]
     assert layer_stats.count.shape == ()
     assert layer_stats.count == count
-    assert layer_stats.positions == positions
-    assert layer_stats.input_axes == input_axes
-    assert layer_stats.bias == bias
-    assert layer_stats.kernel == kernel
+    assert layer_stats.layer.positions == positions
+    assert layer_stats.layer.input_axes == input_axes
+    assert layer_stats.layer.bias == bias
+    assert layer_stats.layer.kernel == kernel
     assert layer_stats.mean.dtype == layer_stats.var.dtype == jnp.float32
 
 
@@ -302,7 +302,7 @@ def test_a_kernel_whose_layer_never_runs_has_no_input_and_is_left_alone():
 def test_summary_says_why_a_kernel_is_not_covered(model, kernel, reason):
     x = SEQUENCES if isinstance(model, nn.ConvLocal | nn.Einsum) else ROWS
     params, loss_fn = make_loss(model, x)
-    summary = bnp_optax.summarize(lambda params: loss_fn(params, x)[0], params, capture="linen")
+    summary = bnp_optax.summarize(lambda params: loss_fn(params, x)[0], params)
     assert reason in summary.uncovered[kernel]
     assert kernel not in summary.layers
     assert f"no: {summary.uncovered[kernel]}" in str(summary)
@@ -312,7 +312,7 @@ def test_layers_stacked_along_another_axis_are_reported():
     model = vmapped_dense(axis=1)
     params, loss_fn = make_loss(model, SEQUENCES)
     loss_of = lambda params: loss_fn(params, SEQUENCES)[0]  # noqa: E731
-    summary = bnp_optax.summarize(loss_of, params, capture="linen")
+    summary = bnp_optax.summarize(loss_of, params)
     assert "stacked along axes (1,)" in summary.uncovered["kernel"]
 
 

@@ -2,35 +2,62 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.extend.core import primitives as prims
 
 from bnp_optax.capture import views
 from bnp_optax.capture.views import Shape, View
 
-_SAME_NAMES = {"pvary", "pcast"}  # What `shard_map` puts in; not among the public primitives.
-_SAME = {
-    prims.convert_element_type_p,
+# Identities; those that `shard_map` and explicit sharding put in have no public names.
+_IDENTITIES = {
     prims.copy_p,
-    prims.sharding_constraint_p,
-    prims.stop_gradient_p,
+    prims.device_put_p,
+    prims.name_p,
     prims.reduce_precision_p,
+    prims.sharding_constraint_p,
 }
+_IDENTITY_NAMES = {
+    "layout_constraint",
+    "mesh_cast",
+    "optimization_barrier",
+    "pcast",
+    "pvary",
+    "reshard",
+}
+# Sums over devices, which leave a product as it is, but for what it is a sum over.
+_SUMS = {"psum", "psum2", "psum_invariant"}
+
+
+def is_identity(eqn: Any) -> bool:
+    """Whether each result of an equation holds the values of the operand in its place."""
+    return eqn.primitive in _IDENTITIES or eqn.primitive.name in _IDENTITY_NAMES
+
+
+def is_sum_over_devices(eqn: Any) -> bool:
+    """Whether each result of an equation is the sum of an operand over devices."""
+    return eqn.primitive.name in _SUMS
 
 
 def is_cast(eqn: Any) -> bool:
-    """Whether an equation changes the type of its operand and nothing else."""
-    return eqn is not None and (
-        eqn.primitive is prims.convert_element_type_p or eqn.primitive.name in _SAME_NAMES
-    )
+    """Whether an equation changes the floating-point type of real numbers and nothing else.
+
+    `astype(int)` drops digits, `astype(bool)` all but one: these are no mere casts.
+    """
+    if eqn is None or eqn.primitive is not prims.convert_element_type_p:
+        return eqn is not None and eqn.primitive.name in {"pcast", "pvary"}
+    old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+    return jnp.issubdtype(new, jnp.floating) and not jnp.issubdtype(old, jnp.complexfloating)
 
 
 def rearranged(view: View, eqn: Any, definitions: dict[Any, Any]) -> View | None:
     """The view that an equation of one view makes, or None if it is no rearrangement."""
     primitive, params = eqn.primitive, eqn.params
     shape: Shape = tuple(eqn.outvars[0].aval.shape)
-    if primitive in _SAME or primitive.name in _SAME_NAMES:
+    if is_identity(eqn):
         return view
+    if primitive is prims.convert_element_type_p:
+        return view if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact) else None
     if primitive is prims.transpose_p:
         return views.transpose(view, tuple(params["permutation"]))
     if primitive is prims.reshape_p and params.get("dimensions") is None:
@@ -49,6 +76,11 @@ def rearranged(view: View, eqn: Any, definitions: dict[Any, Any]) -> View | None
         index = eqn.invars[1:]
         places = tuple(_place(atom, definitions) for atom in index)
         return views.sliced(view, shape, lambda read: [read(atom) for atom in index], None, places)
+    if primitive.name in {"all_gather", "all_gather_invariant"}:
+        names, axis = params["axis_name"], params["all_gather_dimension"]
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if len(names) == 1 and params.get("axis_index_groups") is None:
+            return views.gather(view, shape, names[0], axis, params["tiled"])
     return None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from bnp_optax._tree import BIAS, KERNEL, absent, is_named, named_leaves, quoted, sibling
-from bnp_optax.capture.layer import Layer
+from bnp_optax.statistics import Layer
 
 Shape = tuple[int, ...]
 # Layers as `find_layers` gives them, names of kernels, or a condition on these names.

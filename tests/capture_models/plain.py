@@ -269,13 +269,14 @@ def plain_conv_circular():
     return Model(loss_fn, params, args, {"w": record}, hand_score(convolve(around, p["w"])))
 
 
-@case("jax", {"w1": "`mul` changes it"})
+@case("jax")
 def plain_scaled():
+    """By a constant: what an entry of `w1` meets is half the input."""
     x = inputs(3, 4)
     forward = lambda p, x: jnp.tanh(x @ (0.5 * p["w1"])) @ p["w2"]  # noqa: E731
     loss_fn, params, args, p = plain(forward, weights(w1=(4, 3), w2=(3, 2)), x)
     hidden = np.tanh(x @ (0.5 * p["w1"]))
-    expected = {"w2": Record([hidden], DENSE)}
+    expected = {"w1": Record([0.5 * x], DENSE), "w2": Record([hidden], DENSE)}
     return Model(loss_fn, params, args, expected, hand_score(hidden @ p["w2"]))
 
 
