@@ -213,8 +213,8 @@ def float64(tree):
     return jax.tree.map(convert, tree)
 
 
-def record(function, *args, skip=""):
-    """What `function` returns in float64, and the records of what it multiplies."""
+def record(function, *args, skip="", wide=True):
+    """What `function` returns in float64, or as it is, and the records of what it multiplies."""
     fields = {}
 
     def recorded(*args):
@@ -226,8 +226,8 @@ def record(function, *args, skip=""):
             tape = TAPES.pop()
         return out, tape.calls
 
-    with jax.enable_x64(True):
-        out, calls = jax.device_get(jit(recorded)(*float64(args)))
+    with jax.enable_x64(wide):
+        out, calls = jax.device_get(jit(recorded)(*(float64(args) if wide else args)))
     records = {}
     for name, seen in calls.items():
         groups = fields[name].pop("groups")
@@ -236,7 +236,7 @@ def record(function, *args, skip=""):
     return out, records
 
 
-def recorded(loss_fn, params, *args, has_aux=False, skip="", more=None, watch=None):
+def recorded(loss_fn, params, *args, has_aux=False, skip="", more=None, watch=None, wide=True):
     """A model whose loss is run once more to record it.
 
     Args:
@@ -247,9 +247,10 @@ def recorded(loss_fn, params, *args, has_aux=False, skip="", more=None, watch=No
       skip: Regular expression of Linen layers that run within a loop, which `more` must have.
       more: Further records.
       watch: What to run instead of the loss, if the loss takes derivatives of the network.
+      wide: Whether to run in float64, for which Flax's cells make no carry.
     """
     args = jax.tree.map(jnp.asarray, args)
-    out, expected = record(watch or loss_fn, params, *args, skip=skip)
+    out, expected = record(watch or loss_fn, params, *args, skip=skip, wide=wide)
     loss = out[0] if has_aux else out
     return RealModel(loss_fn, params, args, expected | (more or {}), float(loss), has_aux)
 
@@ -262,14 +263,14 @@ def variables(model, *args, **keywords):
     return params, jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
 
 
-def linen_model(model, *args, objective=score, targets=(), skip="", more=None):
+def linen_model(model, *args, objective=score, targets=(), **keywords):
     """A Linen model of `args` with the loss `objective(outputs, *targets)`."""
     params, _ = variables(model, *args)
 
     def loss_fn(params, args, targets):
         return objective(model.apply({"params": params}, *args), *targets)
 
-    return recorded(loss_fn, params, args, targets, skip=skip, more=more)
+    return recorded(loss_fn, params, args, targets, **keywords)
 
 
 # ---------------------------------------------------------------------------------------------
