@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from capture_models import (
     real_frameworks,
+    real_generative,
     real_language,
     real_rl,
     real_science,
@@ -29,6 +30,7 @@ MODULES = [
     real_science,
     real_rl,
     real_frameworks,
+    real_generative,
 ]
 RTOL = 1e-4
 BY_NAME = {case.name: case for case in REAL}

@@ -8,6 +8,7 @@ what it multiplies. `scan` and `over_examples` stand for JAX's transformations i
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ import optax
 from jax import lax
 
 from capture_models.by_hand import by_output
-from capture_models.record import DENSE, KEY, Record, filled, inputs, score
+from capture_models.record import DENSE, KEY, Record, filled, inputs, score  # noqa: F401
 
 # Compilation is most of the time here; with these options it takes a quarter of it.
 jit = functools.partial(
@@ -311,7 +312,7 @@ def dense_shapes(*sizes, bias=True):
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     return [
         {"w": shape((n_in, n_out))} | ({"b": shape((n_out,))} if bias else {})
-        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True)
+        for n_in, n_out in itertools.pairwise(sizes)
     ]
 
 
@@ -332,32 +333,3 @@ def normalize(x, eps=1e-6):
     """A layer norm without parameters."""
     centered = x - jnp.mean(x, -1, keepdims=True)
     return centered * lax.rsqrt(jnp.mean(centered**2, -1, keepdims=True) + eps)
-
-
-__all__ = [
-    "REAL",
-    "RealCase",
-    "RealModel",
-    "array",
-    "classified",
-    "cross_entropy",
-    "dense",
-    "dense_shapes",
-    "filled",
-    "inputs",
-    "linen_model",
-    "mlp",
-    "muted",
-    "normalize",
-    "note",
-    "over_examples",
-    "real",
-    "record",
-    "recorded",
-    "scan",
-    "score",
-    "squared_error",
-    "under",
-    "variables",
-    "whole_numbers",
-]

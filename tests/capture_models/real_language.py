@@ -115,17 +115,20 @@ def flax_sst2(batch):
     params, _ = variables(model, tokens)
     p = real_cases.float64(params)
     embedded = p["embedder"]["embedding"][tokens]
-    records = lstm_by_hand(p["forward"], "forward", embedded)[0]
-    records |= lstm_by_hand(p["backward"], "backward", embedded, reverse=True)[0]
-    return linen_model(
+    forward, *outputs = lstm_by_hand(p["forward"], "forward", embedded)
+    backward, *others = lstm_by_hand(p["backward"], "backward", embedded, reverse=True)
+    case = linen_model(
         model,
         tokens,
         objective=cross_entropy,
         targets=(whole_numbers(batch, below=2),),
         skip="forward|backward",
-        more=records,
+        more=forward | backward,
         wide=False,
     )
+    both = np.concatenate([outputs[0], others[0]], -1)
+    np.testing.assert_allclose(case.expected["keys/kernel"].calls[0], both, atol=1e-6)
+    return case
 
 
 class FeedForward(nn.Module):
@@ -179,9 +182,7 @@ class Translation(nn.Module):
 @real({"shared_embedding/embedding": LOOKUP})
 def flax_wmt(batch):
     source, target = 1 + tokens_of(batch, below=5), 1 + tokens_of(batch, 3, 5, seed=3)
-    return linen_model(
-        Translation(), source, target, objective=cross_entropy, targets=(target,)
-    )
+    return linen_model(Translation(), source, target, objective=cross_entropy, targets=(target,))
 
 
 class LanguageModel(nn.Module):

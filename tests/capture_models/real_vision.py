@@ -14,6 +14,7 @@ from capture_models.real_cases import (
     inputs,
     linen_model,
     normalize,
+    over_examples,
     real,
     recorded,
     squared_error,
@@ -154,7 +155,7 @@ def vit_registers(batch):
 
 @real()
 def vit_without_patch_bias(batch):
-    """A position table is added to the product itself: one row each, it is no bias."""
+    """A position table, square here, is added to the product itself: it is no bias."""
 
     def loss_fn(p, patches, labels):
         x = dense(p, "patch", patches) + p["pos"]
@@ -163,9 +164,27 @@ def vit_without_patch_bias(batch):
 
     sizes = {"patch": (3, 4), "mlp": (4, 4), "head": (4, 3)}
     shapes = {name: dense_shapes(*s, bias=name == "head")[0] for name, s in sizes.items()}
-    shapes |= {"pos": array(1, 5, 4), "scale": array(4)}
+    shapes |= {"pos": array(1, 4, 4), "scale": array(4)}
     labels = whole_numbers(batch, below=3)
-    return recorded(loss_fn, filled(shapes), inputs(batch, 5, 3), labels)
+    return recorded(loss_fn, filled(shapes), inputs(batch, 4, 3), labels)
+
+
+@real({"pos": ".+"})
+def vit_per_example(batch):
+    """The same for one image, under `vmap`."""
+
+    def loss_fn(p, patches, labels):
+        def one(patches):
+            x = jnp.concatenate([p["cls"], dense(p, "patch", patches)])
+            x = jnp.tanh(dense(p, "mix", (x + p["pos"]).T).T) + p["pos"]
+            return dense(p, "head", x[0])
+
+        return cross_entropy(over_examples(one)(patches), labels)
+
+    shapes = {name: dense_shapes(*s)[0] for name, s in {"mix": (4, 4), "head": (4, 3)}.items()}
+    shapes |= {"patch": dense_shapes(3, 4, bias=False)[0], "pos": array(4, 4), "cls": array(1, 4)}
+    labels = whole_numbers(batch, below=3)
+    return recorded(loss_fn, filled(shapes), inputs(batch, 3, 3), labels)
 
 
 class ConvNeXt(nn.Module):
