@@ -262,7 +262,7 @@ class CrossAttention(nn.Module):
         latents = jnp.broadcast_to(latents, (x.shape[0], 3, 4))
         cross = nn.MultiHeadDotProductAttention(2, qkv_features=6, out_features=4, name="cross")
         y = latents + cross(nn.LayerNorm()(latents), nn.LayerNorm()(x))
-        own = nn.SelfAttention(2, name="own")(nn.LayerNorm()(y))
+        own = nn.MultiHeadDotProductAttention(2, name="own")(nn.LayerNorm()(y))
         return nn.Dense(2, name="head")((y + own).mean(1))
 
 
@@ -280,7 +280,8 @@ def mixture_of_experts(batch):
         gates = jax.nn.softmax(dense(p, "router", tokens))
         chosen = jax.nn.one_hot(jnp.argmax(gates, -1), 3)
         place = jnp.cumsum(chosen, 0) * chosen
-        dispatch = chosen[..., None] * jax.nn.one_hot(jnp.sum(place, -1) - 1, 4)[:, None]
+        slot = jnp.sum(place, -1).astype(int) - 1
+        dispatch = chosen[..., None] * jax.nn.one_hot(slot, 4)[:, None]
         slots = note("w1", jnp.einsum("tec,td->ecd", dispatch, tokens), "E...i,Eio", "b1")
         hidden = jax.nn.relu(jnp.einsum("ecd,edf->ecf", slots, p["w1"]) + p["b1"][:, None])
         note("w2", hidden, "E...i,Eio")
