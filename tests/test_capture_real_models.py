@@ -113,8 +113,9 @@ def test_statistics_are_those_of_the_recorded_inputs(name, batch):
     model, rounding = model_of(name, batch), BY_NAME[name].rounding
     shapes = named_shapes(model.params)
     missing = set(model.expected) - set(stats)
-    assert not missing, sorted(missing)
-    for kernel, record in model.expected.items():
+    assert missing <= BY_NAME[name].optional, sorted(missing)
+    for kernel in set(model.expected) & set(stats):
+        record = model.expected[kernel]
         got, (count, mean, variance) = stats[kernel], record.pooled()
         layer = got.layer
         facts = (float(got.count), layer.bias, layer.input_axes, layer.positions)
@@ -150,7 +151,8 @@ def test_each_kernel_is_covered_or_has_a_reason(name, batch):
     for kernel, shape in named_shapes(model.params).items():
         assert kernel in listed or len(shape) < 2 or kernel.endswith("bias"), kernel
     if case.exact:
-        assert set(found.layers) == set(model.expected), found.uncovered
+        optional = case.optional
+        assert set(found.layers) - optional == set(model.expected) - optional, found.uncovered
         for kernel, reason in case.uncovered.items():
             assert re.search(reason, found.uncovered[kernel]), found.uncovered[kernel]
 

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -56,6 +56,7 @@ class RealCase:
       uncovered: Regular expression for the reason, by name of each kernel that is not covered.
       rounding: Of the network's arithmetic, relative to the largest entry of an array.
       exact: Whether it is known what must be covered.
+      optional: Kernels that may be covered or not: no data reach their inputs.
     """
 
     name: str
@@ -63,18 +64,23 @@ class RealCase:
     uncovered: Mapping[str, str]
     rounding: float
     exact: bool
+    optional: frozenset[str]
 
 
 REAL: list[RealCase] = []
 
 
 def real(
-    uncovered: Mapping[str, str] | None = None, rounding: float = 1e-6, exact: bool = True
+    uncovered: Mapping[str, str] | None = None,
+    rounding: float = 1e-6,
+    exact: bool = True,
+    optional: Sequence[str] = (),
 ) -> Callable[[Callable[[int], RealModel]], Callable[[int], RealModel]]:
     """Add the decorated `make(batch)` to `REAL`."""
 
     def register(make: Callable[[int], RealModel]) -> Callable[[int], RealModel]:
-        REAL.append(RealCase(make.__name__, make, uncovered or {}, rounding, exact))
+        name, reasons, may = make.__name__, uncovered or {}, frozenset(optional)
+        REAL.append(RealCase(name, make, reasons, rounding, exact, may))
         return make
 
     return register

@@ -17,7 +17,7 @@ from capture_models.real_cases import (
 )
 from capture_models.record import DENSE, Record
 
-LOOKUP = r"gather|look"
+LOOKUP = r"gather|look|embedding"
 
 
 def tokens_of(batch, length=4, below=6, seed=2):

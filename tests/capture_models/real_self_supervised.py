@@ -146,7 +146,7 @@ def hinge(real_logits, fake_logits):
     return jnp.mean(nn.relu(1 - real_logits)) + jnp.mean(nn.relu(1 + fake_logits))
 
 
-@real({"normed/kernel": r"`(mul|div)`|normali"})
+@real({"normed/kernel": r"`(mul|div)`|normali|reparam|tied"})
 def weight_norm_discriminator(batch):
     model = WeightNormDiscriminator()
     x, fake = inputs(batch, 5), inputs(batch, 5, seed=8)
@@ -158,7 +158,7 @@ def weight_norm_discriminator(batch):
     return recorded(loss_fn, params, x, fake, skip="normed")
 
 
-@real({f"normed_{i}/kernel": r"`(mul|div)`|normali" for i in range(2)})
+@real({f"normed_{i}/kernel": r"`(mul|div)`|normali|reparam|tied" for i in range(2)})
 def spectral_norm_discriminator(batch):
     """The estimates of the largest singular values come back beside the loss."""
     model = SpectralNormDiscriminator()

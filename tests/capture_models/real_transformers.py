@@ -30,7 +30,7 @@ from capture_models.real_cases import (
 )
 from capture_models.record import DENSE, Record, hand_score
 
-LOOKUP = r"gather|look"
+LOOKUP = r"gather|look|embedding"
 
 
 class Einsum(nn.Module):
@@ -266,7 +266,7 @@ class CrossAttention(nn.Module):
         return nn.Dense(2, name="head")((y + own).mean(1))
 
 
-@real({"latents": ".+"})
+@real({"latents": ".+"}, optional=["cross/query/kernel"])
 def perceiver(batch):
     return linen_model(CrossAttention(), inputs(batch, 5, 3))
 
