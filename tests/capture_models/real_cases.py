@@ -194,7 +194,7 @@ def _see_linen(module, x, out):
             groups = getattr(module, "feature_group_count", 1)
             groups = None if groups == 1 else (groups, module.features)
             kept = "" if groups is None else "O"
-            axes = f"b{'xyz'[:n]}i{kept},{'_' * n}i{kept or 'o'}".replace("z", "")
+            axes = f"b{'xy'[:n]}i{kept},{'_' * n}i{kept or 'o'}"
             positions = math.prod(out.shape[1:-1])
         case _:
             return

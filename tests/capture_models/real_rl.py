@@ -219,8 +219,8 @@ def distillation(batch):
 
 
 @real()
-def world_reward_bonus(batch):
-    """Random network distillation: the target network is a constant of the loss."""
+def random_network_distillation(batch):
+    """The target network is a constant of the loss."""
     target = filled(dense_shapes(4, 3), seed=9)
 
     def loss_fn(p, x):
