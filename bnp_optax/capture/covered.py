@@ -166,13 +166,15 @@ def _split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]
 
 
 # Equations that take norm scales, class tokens, position tables, and the like, but no kernels.
-_ELEMENTWISE = {"add", "add_any", "sub", "concatenate", "mul", "div", "select_n", "pow", "exp"}
+_ELEMENTWISE = {
+    *("add", "add_any", "sub", "concatenate", "mul", "div", "select_n", "pow", "exp", "tile"),
+}
 
 
 def _may_be(found: Trace, root: int) -> bool:
     """Whether a parameter that is not covered may be a kernel."""
     taken = found.consumers.get(root, {})
-    return root in found.altered or not set(taken) <= _ELEMENTWISE
+    return not taken or root in found.altered or not set(taken) <= _ELEMENTWISE
 
 
 def _why_not(

@@ -43,7 +43,7 @@ def without_derivatives(trace: Trace) -> list[Use]:
     by_root: dict[int, list[Use]] = collections.defaultdict(list)
     seen = set()
     for use in trace.uses:
-        same_rows = (use.root, use.rows, use.input_axes, use.product.positions, use.piece.cuts)
+        same_rows = (use.root, use.rows, use.input_axes, use.product.positions)
         if same_rows not in seen:
             seen.add(same_rows)
             by_root[use.root].append(use)
@@ -70,12 +70,17 @@ def _derived(kernels: Sequence[Sequence[Use]], flow: "_Flow") -> set[int]:
         for axes in dict.fromkeys(use.input_axes for use in uses)
     ]
 
+    sorted_groups: set[int] = set()
+
     def is_bent(use: Use) -> bool:
         return id(use.product) in flow.bent
 
     def sort(is_own: Callable[[Use], bool]) -> None:
         """Where some products of a kernel are a layer's own, the others are not."""
         for group in groups:
+            if id(group) in sorted_groups or not any(map(is_own, group)):
+                continue
+            sorted_groups.add(id(group))
             known = [use for use in group if id(use.product) not in derived]
             own = [use for use in known if is_own(use)]
             rest = [use for use in known if not is_own(use)] if own else []

@@ -135,7 +135,8 @@ class _Tracer:
         found = self.trace
         for index, eqn in enumerate(found.jaxpr.eqns):
             self.is_live = any(map(self.live, eqn.outvars))
-            self.equation(index, eqn)
+            if eqn.outvars:
+                self.equation(index, eqn)
             self.definitions.update(dict.fromkeys(eqn.outvars, eqn))
             for facts in (self.dependent, self.data):
                 if any(not isinstance(atom, Literal) and atom in facts for atom in eqn.invars):
@@ -228,19 +229,36 @@ class _Tracer:
                 result, bias = self.result(atom), self.view(other)
                 if result is not None and bias is not None:
                     add_bias(result, bias)
+                    self.note(bias, primitive.name)
                     return
         for view in taken:
             self.note(view, primitive.name)
-        if any(self.is_data(atom) for atom in eqn.invars):
+            if primitive is prims.mul_p and self.is_matrix(view, eqn):
+                self.note(view, "mul with an array of its shape, such as a mask")
+        data = [atom for atom in eqn.invars if self.is_data(atom) and self.view(atom) is None]
+        same = [view for view in taken if view.shape == tuple(out.aval.shape)]
+        # By a number a kernel may be divided, as by its norm; arrays of data are activations.
+        if others or not same or not all(self.is_number(atom) for atom in data):
             self.follow_mark(eqn)
             return
-        if others:
-            return
-        same = [view for view in taken if view.shape == tuple(out.aval.shape)]
-        if same:
-            pieces = tuple(piece for view in same for piece in view.pieces)
-            altered = next((view.altered for view in same if view.altered), primitive.name)
-            self.views[out] = View(same[0].shape, pieces, altered)
+        pieces = tuple(piece for view in same for piece in view.pieces)
+        altered = next((view.altered for view in same if view.altered), primitive.name)
+        by_data = bool(data) or any(view.data for view in same)
+        self.views[out] = View(same[0].shape, pieces, altered, data=by_data)
+
+    def is_matrix(self, view: View, eqn: Any) -> bool:
+        """Whether the operands are no copies along any axis, and have two axes or more."""
+        made = [self.definitions.get(atom) for atom in eqn.invars if not isinstance(atom, Literal)]
+        copied = any(e is not None and e.primitive is prims.broadcast_in_dim_p for e in made)
+        same = all(atom.aval.shape == view.shape for atom in eqn.invars)
+        return same and not copied and sum(size > 1 for size in view.shape) >= 2
+
+    def is_number(self, atom: Any) -> bool:
+        """Whether all entries are copies of one number."""
+        eqn = self.definitions.get(atom)
+        if eqn is not None and eqn.primitive is prims.broadcast_in_dim_p:
+            atom = eqn.invars[0]
+        return not atom.aval.shape
 
     def scaled(self, view: View, eqn: Any) -> View | None:
         """`view` times a constant, if that is what the equation computes."""
@@ -337,7 +355,8 @@ class _Tracer:
         for side, view in enumerate(sides):
             if view is None:
                 continue
-            if all(sides):
+            other = sides[1 - side]
+            if other is not None and not other.data:
                 self.note(view, "dot_general with another parameter")
             else:
                 found = products.dot_general(eqn, side, view, self.options)
@@ -347,7 +366,7 @@ class _Tracer:
         inputs, kernel = (self.view(atom) for atom in eqn.invars)
         if inputs is not None:
             self.note(inputs, "conv_general_dilated as its input")
-        if kernel is not None and inputs is None:
+        if kernel is not None and (inputs is None or inputs.data):
             self.multiply(index, eqn, kernel, products.conv(eqn, kernel, self.options))
         elif kernel is not None:
             self.note(kernel, "conv_general_dilated with another parameter")
@@ -381,6 +400,7 @@ class _Tracer:
             self.alter(view, view.altered)
             return
         inputs = self.measured(found, mark)
+        kernel = self.numbers.of(*(self.numbers.atom(self.env, atom) for atom in eqn.invars[:2]))
         view, entries = found.view, []
         for piece in view.pieces:
             input_axes = frozenset().union(*(piece.axes[axis] for axis in found.summed))
@@ -396,7 +416,7 @@ class _Tracer:
                 inner=None,
                 product=found,
                 inputs=inputs,
-                rows=self.numbers.atom(self.env, inputs),
+                rows=(self.numbers.atom(self.env, inputs), kernel),
                 input_axes=input_axes,
                 stats_axes=piece.varying.union(*(piece.axes[axis] for axis in found.varying)),
                 count=found.count,

@@ -40,7 +40,7 @@ class Use:
       inner: The same use seen from inside of the call; None for a product of this jaxpr.
       product: What multiplies.
       inputs: The variable of the innermost jaxpr that is measured.
-      rows: Number of its value: equal for the same rows.
+      rows: Numbers of its value and of the kernel's: equal for the same rows once more.
       input_axes: Axes of the parameter that are summed over.
       stats_axes: Axes of the parameter along which the statistics vary.
       count: Batch size x positions x calls, as traced.
@@ -60,7 +60,7 @@ class Use:
     inner: "Use | None"
     product: Product
     inputs: Any
-    rows: int
+    rows: tuple[int, int]
     input_axes: frozenset[int]
     stats_axes: frozenset[int]
     count: Any
@@ -194,7 +194,8 @@ def compose(view: View, operands: Sequence[View | None]) -> View | None:
     scales = {outer.scale for p in view.pieces if (outer := operands[p.root]) is not None}
     if len(scales) != 1:
         return None
-    return View(view.shape, tuple(pieces), altered, scale * scales.pop())
+    data = view.data or any(outer.data for p in view.pieces if (outer := operands[p.root]))
+    return View(view.shape, tuple(pieces), altered, scale * scales.pop(), data)
 
 
 def inside(piece: Piece, scanned: bool) -> Piece:

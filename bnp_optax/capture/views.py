@@ -84,12 +84,15 @@ class View:
       pieces: One for each parameter.
       altered: What changed the values on the way, if anything did.
       scale: The number that the entries were multiplied by on the way.
+      data: Whether numbers that depend on data were among what changed the values. Then it may
+        be a kernel divided by its norm, or as well an activation.
     """
 
     shape: Shape
     pieces: tuple[Piece, ...]
     altered: str | None = None
     scale: float = 1.0
+    data: bool = False
 
     def is_filled(self, axis: int) -> bool:
         """Whether entries along `axis` are copies of one another."""
@@ -302,7 +305,8 @@ def concatenate(operands: list[View], axis: int) -> View | None:
     joined = list(operands[0].shape)
     joined[axis] = offset
     altered = next((view.altered for view in operands if view.altered), None)
-    return View(tuple(joined), tuple(pieces), altered, operands[0].scale)
+    data = any(view.data for view in operands)
+    return View(tuple(joined), tuple(pieces), altered, operands[0].scale, data)
 
 
 def gather(view: View, shape: Shape, mesh_axis: str, axis: int, tiled: bool) -> View:
