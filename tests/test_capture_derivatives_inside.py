@@ -91,8 +91,8 @@ BY_PARAMETERS = {
     "jacrev": lambda loss, p: jax.jacrev(loss)(p),
     "jacfwd": lambda loss, p: jax.jacfwd(loss)(p),
     "hessian": lambda loss, p: jax.hessian(loss)(p),
-    "jvp": lambda loss, p: jax.jvp(loss, (p,), (p,)),
-    "linearize": lambda loss, p: jax.linearize(loss, p)[1](p),
+    "jvp": lambda loss, p: jax.jvp(loss, (p,), (jax.tree.map(jnp.ones_like, p),)),
+    "linearize": lambda loss, p: jax.linearize(loss, p)[1](jax.tree.map(jnp.ones_like, p)),
 }
 
 
