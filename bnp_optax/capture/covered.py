@@ -16,7 +16,7 @@ from bnp_optax.capture import interpreter, views
 from bnp_optax.capture.derivatives import without_derivatives
 from bnp_optax.capture.jaxprs import Liveness, Numbers
 from bnp_optax.capture.moments import Options, Weights
-from bnp_optax.capture.tracer import Input, trace
+from bnp_optax.capture.tracer import Context, Input, trace
 from bnp_optax.capture.uses import Trace, Use
 from bnp_optax.statistics import Layer, LayerStats, Shape
 
@@ -93,13 +93,18 @@ def find(
         closed = jax.make_jaxpr(lambda p: traced(p, dynamic))(params)
     jaxpr, numbers = closed.jaxpr, Numbers()
     inputs = [
-        Input(tracked=i < len(leaves), depends=i < len(leaves), data=i >= len(leaves), number=-1)
-        for i in range(len(jaxpr.invars))
+        Input(
+            tracked=i < len(leaves) and 0 not in var.aval.shape,
+            depends=i < len(leaves),
+            data=i >= len(leaves),
+            number=numbers.of("input", i),
+        )
+        for i, var in enumerate(jaxpr.invars)
     ]
-    inputs = [known._replace(number=numbers.of("input", i)) for i, known in enumerate(inputs)]
     # The loss is the first output; others are not differentiated.
     live = Liveness(closed, [i == 0 for i in range(len(jaxpr.outvars))])
-    found = trace(closed, inputs, live, numbers, options)
+    needed = Liveness(closed, [True] * len(jaxpr.outvars), strict=False)
+    found = trace(closed, inputs, Context(live, needed, numbers, options))
     by_root = collections.defaultdict(list)
     for use in without_derivatives(found):
         by_root[use.root].append(use)
@@ -182,12 +187,12 @@ def _why_not(
 ) -> str | None:
     """Why a parameter is not covered, or None if it is."""
     consumers = found.consumers.get(root, {})
+    if 0 in shape:
+        return "it has no entries"
     if not used:
         return "the loss does not depend on it"
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return "it is complex"
-    if 0 in shape:
-        return "it has no entries"
     if root in found.altered:
         changes = " and ".join(f"`{name}`" for name in found.altered[root])
         return f"{changes} changes it before it meets the inputs"

@@ -55,9 +55,10 @@ def without_derivatives(trace: Trace) -> list[Use]:
         own = [use for use in uses if id(use.product) not in derived]
         # A kernel may be used for nothing but what derivatives have given.
         own = own or [use for use in uses if id(use.product) not in flow.transposed]
-        live = [use for use in own if use.live]
-        # A loss of derivatives alone, such as forces, does not depend on the layer's own result.
-        kept += live or (own if any(use.live for use in uses) else [])
+        # Of a network whose derivatives alone are in the loss, such as forces, nothing needs the
+        # last layer's own results.
+        derivatives = any(use.live for use in uses if use not in own)
+        kept += [use for use in own if use.live or (derivatives and not use.needed)]
     return kept
 
 

@@ -286,14 +286,14 @@ def _shard_map(
         spec = params["in_specs"][use.root]
         varying = _varying_axes(use) if params["check_vma"] else None
         copied = {
-            name: name in use.inner.piece.gathered or (varying is not None and name not in varying)
+            name: name in use.piece.gathered or (varying is not None and name not in varying)
             for name in axes
         }
         along = {
             name: dimension
             for dimension, names in enumerate(spec)
             for name in ((names,) if isinstance(names, str) else tuple(names or ()))
-            if dimension in use.inner.stats_axes
+            if dimension in use.stats_axes
         }
         found.append(_joined(measure, {name: sizes[name] for name in axes}, along, copied))
     return outs, found

@@ -45,20 +45,21 @@ def bare(closed: Any) -> Any:
 
 
 class Liveness:
-    """Which variables of a jaxpr the differentiated outputs depend on, as derivatives do.
+    """Which variables of a jaxpr some outputs depend on.
 
-    Paths through `stop_gradient` or integers do not count. Functions with derivatives of their own
-    pass them from every output to every input.
+    As derivatives do: paths through `stop_gradient` or integers do not count, and functions with
+    derivatives of their own pass them from every output to every input. Or, if `strict` is False,
+    at all.
     """
 
     def __init__(self, closed: Any, out_live: Sequence[bool], strict: bool = True) -> None:
-        """Walk backwards from the outputs that are differentiated.
+        """Walk backwards from the outputs.
 
         Args:
           closed: The jaxpr.
-          out_live: Which of its outputs are differentiated.
-          strict: False if `stop_gradient` stops nothing, as inside a function with a derivative
-            of its own.
+          out_live: Which of its outputs.
+          strict: False if nothing stops a dependence, as inside a function with a derivative of
+            its own.
         """
         jaxpr = bare(closed)
         self._strict = strict
@@ -73,7 +74,7 @@ class Liveness:
                 self._mark(eqn.invars, reached)
 
     def __call__(self, atom: Any) -> bool:
-        """Whether a derivative reaches `atom`."""
+        """Whether the outputs depend on `atom`."""
         return not isinstance(atom, Literal) and atom in self._live
 
     def inside(self, index: int, branch: int = 0) -> "Liveness":
@@ -86,11 +87,11 @@ class Liveness:
             for atom, flag in zip(atoms, live, strict=True)
             if flag
             and not isinstance(atom, Literal)
-            and jnp.issubdtype(getattr(atom.aval, "dtype", jnp.int32), jnp.inexact)
+            and not (self._strict and _is_integer(atom))
         )
 
     def _equation(self, index: int, eqn: Any, live: list[bool]) -> list[bool]:
-        """Which operands a derivative reaches, given which results it comes from."""
+        """Which operands the outputs depend on, given on which results they do."""
         every, name = [True] * len(eqn.invars), eqn.primitive.name
         if self._strict and name in _FLAT:
             return [False] * len(every)
@@ -124,6 +125,10 @@ class Liveness:
             if grown == live[:n_carry]:
                 return found
             live = [*grown, *live[n_carry:]]
+
+
+def _is_integer(atom: Any) -> bool:
+    return not jnp.issubdtype(getattr(atom.aval, "dtype", jnp.int32), jnp.inexact)
 
 
 class Numbers:

@@ -39,8 +39,18 @@ def _name_inputs(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
     if any(getattr(module, attribute, None) is not None for attribute in _GIVEN):
         name = TRUSTED
     name += "/".join((*module.path, "kernel"))
-    if args and isinstance(args[0], jax.Array):
-        args = (checkpoint_name(args[0], name), *args[1:])
-    elif isinstance(kwargs.get("inputs"), jax.Array):
-        kwargs = kwargs | {"inputs": checkpoint_name(kwargs["inputs"], name)}
+    if args:
+        args = (_named(args[0], name), *args[1:])
+    elif "inputs" in kwargs:
+        kwargs = kwargs | {"inputs": _named(kwargs["inputs"], name)}
     return next_fun(*args, **kwargs)
+
+
+def _named(inputs: Any, name: str) -> Any:
+    if not isinstance(inputs, jax.Array):
+        return inputs
+    try:
+        return checkpoint_name(inputs, name)
+    except (KeyError, NotImplementedError):
+        # A transformation that has no rule for names, such as `jax.experimental.jet`.
+        return inputs

@@ -82,38 +82,49 @@ class Mark(NamedTuple):
     trusted: bool
 
 
-def trace(
-    closed: Any, inputs: Sequence[Input], live: Liveness, numbers: Numbers, options: Options
-) -> Trace:
+class Context(NamedTuple):
+    """What a walk knows of the whole loss.
+
+    Attributes:
+      live: Which variables of the jaxpr a derivative of the loss reaches; uses elsewhere do not
+        count.
+      needed: Which of them any output depends on.
+      numbers: Of values.
+      options: How finely to take the statistics.
+    """
+
+    live: Liveness
+    needed: Liveness
+    numbers: Numbers
+    options: Options
+
+    def inside(self, index: int, branch: int) -> "Context":
+        """The same for what the equation at `index` calls."""
+        live, needed = (x.inside(index, branch) for x in (self.live, self.needed))
+        return self._replace(live=live, needed=needed)
+
+
+def trace(closed: Any, inputs: Sequence[Input], context: Context) -> Trace:
     """Find the uses of the tracked inputs of a jaxpr.
 
     Args:
       closed: A `ClosedJaxpr`, or a `Jaxpr` without constants.
       inputs: What is known of each of its inputs.
-      live: Which of its variables a derivative of the loss reaches; uses elsewhere do not count.
-      numbers: Of values, shared by the whole walk.
-      options: How finely to take the statistics.
+      context: What is known of the whole loss.
     """
-    return _Tracer(closed, inputs, live, numbers, options).run()
+    return _Tracer(closed, inputs, context).run()
 
 
 class _Tracer:
     """The state of a walk over one jaxpr."""
 
-    def __init__(
-        self,
-        closed: Any,
-        inputs: Sequence[Input],
-        live: Liveness,
-        numbers: Numbers,
-        options: Options,
-    ) -> None:
+    def __init__(self, closed: Any, inputs: Sequence[Input], context: Context) -> None:
         jaxpr = jaxprs.bare(closed)
         self.trace = Trace(jaxpr, getattr(closed, "consts", ()))
-        self.live = live
-        self.numbers = numbers
-        self.options = options
-        self.env = numbers.walk(closed, [known.number for known in inputs])
+        self.context = context
+        self.numbers = context.numbers
+        self.options = context.options
+        self.env = self.numbers.walk(closed, [known.number for known in inputs])
         self.views: dict[Any, View] = {}
         self.results: dict[Any, Result] = {}
         self.marks: dict[Any, Mark] = {}
@@ -134,7 +145,7 @@ class _Tracer:
     def run(self) -> Trace:
         found = self.trace
         for index, eqn in enumerate(found.jaxpr.eqns):
-            self.is_live = any(map(self.live, eqn.outvars))
+            self.is_live = any(map(self.context.live, eqn.outvars))
             if eqn.outvars:
                 self.equation(index, eqn)
             self.definitions.update(dict.fromkeys(eqn.outvars, eqn))
@@ -394,6 +405,11 @@ class _Tracer:
         if jnp.issubdtype(found.inputs.aval.dtype, jnp.complexfloating):
             self.note(view, "product with complex inputs")
             return
+        if len(found.summed) == len(view.shape) and not eqn.outvars[0].aval.shape:
+            # No layer, but a sum over all entries, such as that of a penalty.
+            if sum(len(axes) for piece in view.pieces for axes in piece.axes) > 1:
+                self.note(view, "dot_general with an array of its shape")
+                return
         mark = None if isinstance(found.inputs, Literal) else self.marks.get(found.inputs)
         trusted = mark is not None and mark.trusted
         if view.altered and not trusted:
@@ -423,6 +439,7 @@ class _Tracer:
                 depends=self.is_dependent(inputs),
                 constant=not self.is_dependent(inputs) and not self.is_data(inputs),
                 live=self.is_live,
+                needed=any(map(self.context.needed, eqn.outvars)),
                 marked=mark is not None,
                 trusted=trusted,
             )
@@ -473,8 +490,7 @@ class _Tracer:
         self, index: int, closed: Any, inputs: Sequence[Input], branch: int = 0
     ) -> Trace:
         """The trace of a called function."""
-        live = self.live.inside(index, branch)
-        found = trace(closed, inputs, live, self.numbers, self.options)
+        found = trace(closed, inputs, self.context.inside(index, branch))
         self.trace.calls.setdefault(index, []).append(found)
         return found
 

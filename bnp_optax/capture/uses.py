@@ -47,6 +47,7 @@ class Use:
       depends: Whether the inputs depend on parameters.
       constant: Whether they depend on nothing.
       live: Whether a derivative of the loss reaches the result.
+      needed: Whether any output depends on the result, differentiated or not.
       marked: Whether a framework has named the inputs as those of a layer.
       trusted: Whether it vouches that the kernel meets them, however it was quantized.
       name: Of the parameter, for messages.
@@ -67,6 +68,7 @@ class Use:
     depends: bool
     constant: bool
     live: bool
+    needed: bool
     marked: bool
     trusted: bool
     name: str = ""
