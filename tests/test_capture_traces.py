@@ -158,7 +158,8 @@ def test_no_rows_beside_rows(framework):
 @pytest.mark.parametrize("shape", [(0, 2), (3, 0), (0, 0)])
 def test_kernels_with_an_axis_of_no_entries(shape, framework):
     """A feature group that is switched off; the layers beside it are not to suffer."""
-    empty = nn.Dense(shape[1])
+    # Flax's default initializer divides by the number of entries whenever the module is applied.
+    empty = nn.Dense(shape[1], kernel_init=nn.initializers.zeros)
     f = {"linen": lambda p, x: empty.apply({"params": p}, x), "plain": plain}[framework]
     params = {"empty": {"kernel": jnp.ones(shape), "bias": jnp.ones(shape[1:])}, "head": HEAD}
 

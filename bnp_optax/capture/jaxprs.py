@@ -17,6 +17,24 @@ CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "closed
 _FLAT = {"stop_gradient", "floor", "ceil", "round", "sign"}
 
 
+# Identities; those that `shard_map` and explicit sharding put in have no public names.
+_IDENTITIES = {
+    prims.copy_p,
+    prims.device_put_p,
+    prims.name_p,
+    prims.reduce_precision_p,
+    prims.sharding_constraint_p,
+}
+_IDENTITY_NAMES = {
+    "layout_constraint",
+    "mesh_cast",
+    "optimization_barrier",
+    "pcast",
+    "pvary",
+    "reshard",
+}
+
+
 def is_remat(eqn: Any) -> bool:
     """Whether an equation is `jax.checkpoint`, whose name has changed over time."""
     return {"jaxpr", "policy", "prevent_cse"} <= set(eqn.params)
@@ -37,6 +55,11 @@ def called(eqn: Any) -> Any:
     jaxpr = getattr(found[0], "jaxpr", found[0])
     fits = len(jaxpr.invars) == len(eqn.invars) and len(jaxpr.outvars) == len(eqn.outvars)
     return found[0] if fits and not (jaxpr.constvars and found[0] is jaxpr) else None
+
+
+def is_identity(eqn: Any) -> bool:
+    """Whether each result of an equation holds the values of the operand in its place."""
+    return eqn.primitive in _IDENTITIES or eqn.primitive.name in _IDENTITY_NAMES
 
 
 def bare(closed: Any) -> Any:
@@ -141,6 +164,7 @@ class Numbers:
     def __init__(self) -> None:
         self._known: dict[Any, int] = {}
         self._walked: dict[Any, dict[Any, int]] = {}
+        self._stacks: dict[int, int] = {}  # From what a scan stacked to what a step gave.
         self._kept: list[Any] = []  # What is known by its `id` must not be freed.
 
     def of(self, *key: Any) -> int:
@@ -182,6 +206,8 @@ class Numbers:
             return self._outputs(inner, read)
         if eqn.primitive is prims.scan_p:
             return self._scan(eqn, read)
+        if is_identity(eqn):
+            return read
         key = (eqn.primitive.name, *self._params(eqn), *read)
         return [self.of(key, i) for i in range(len(eqn.outvars))]
 
@@ -207,7 +233,10 @@ class Numbers:
         n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
         how = eqn.params["reverse"], eqn.params["length"]
         init = read[n_consts : n_consts + n_carry]
-        slices = [self.of("slice", number, how) for number in read[n_consts + n_carry :]]
+        # Backwards, the steps see the same slices, and those of a stack are what was stacked.
+        slices = [
+            self._stacks.get(number, self.of("slice", number)) for number in read[n_consts + n_carry :]
+        ]
         # What is carried is what the body makes of it, from its start on.
         carry = [self.of("carried from", number) for number in init]
         closed = eqn.params["jaxpr"]
@@ -217,7 +246,7 @@ class Numbers:
 
     def _scan(self, eqn: Any, read: list[int]) -> list[int]:
         outputs = self._outputs(eqn.params["jaxpr"], self._scan_inputs(eqn, read))
-        n_carry = eqn.params["num_carry"]
-        return [
-            self.of("last" if i < n_carry else "stacked", number) for i, number in enumerate(outputs)
-        ]
+        n_carry, length = eqn.params["num_carry"], eqn.params["length"]
+        stacks = [self.of("stack", number, length) for number in outputs[n_carry:]]
+        self._stacks.update(zip(stacks, outputs[n_carry:], strict=True))
+        return [*(self.of("last", number, length) for number in outputs[:n_carry]), *stacks]

@@ -7,31 +7,11 @@ from jax.extend.core import Literal
 from jax.extend.core import primitives as prims
 
 from bnp_optax.capture import views
+from bnp_optax.capture.jaxprs import is_identity
 from bnp_optax.capture.views import Shape, View
 
-# Identities; those that `shard_map` and explicit sharding put in have no public names.
-_IDENTITIES = {
-    prims.copy_p,
-    prims.device_put_p,
-    prims.name_p,
-    prims.reduce_precision_p,
-    prims.sharding_constraint_p,
-}
-_IDENTITY_NAMES = {
-    "layout_constraint",
-    "mesh_cast",
-    "optimization_barrier",
-    "pcast",
-    "pvary",
-    "reshard",
-}
 # Sums over devices, which leave a product as it is, but for what it is a sum over.
 _SUMS = {"psum", "psum2", "psum_invariant"}
-
-
-def is_identity(eqn: Any) -> bool:
-    """Whether each result of an equation holds the values of the operand in its place."""
-    return eqn.primitive in _IDENTITIES or eqn.primitive.name in _IDENTITY_NAMES
 
 
 def is_sum_over_devices(eqn: Any) -> bool:

@@ -23,12 +23,11 @@ from jax.extend.core import Literal
 from jax.extend.core import primitives as prims
 
 from bnp_optax.capture import jaxprs, products, views
-from bnp_optax.capture.jaxprs import Liveness, Numbers
+from bnp_optax.capture.jaxprs import Liveness, Numbers, is_identity
 from bnp_optax.capture.moments import Options
 from bnp_optax.capture.products import Product
 from bnp_optax.capture.rearrangements import (
     is_cast,
-    is_identity,
     is_sum_over_devices,
     rearranged,
 )
