@@ -70,7 +70,6 @@ def test_weights_that_a_scan_broadcasts(cast, remat):
             p = jax.tree.map(lambda a: a.astype(jnp.bfloat16), p)
         return jnp.sum(model.apply({"params": p}, x).astype(jnp.float32) ** 2)
 
-    # In bf16 the gradient is what rounding makes of it, so only the statistics are compared.
     stats, _ = assert_nothing_is_lost(loss_fn, params, x)
     rows = x if cast == "none" else x.astype(jnp.bfloat16)
     assert_rows(stats["cell/dense/kernel"], rows)
