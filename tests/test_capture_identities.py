@@ -176,7 +176,11 @@ def test_a_bias_gathered_from_its_shards(check_vma):
 @CHECK_VMA
 @pytest.mark.parametrize("collective", ["psum", "psum_scatter"])
 def test_a_sum_over_devices_between_product_and_bias(collective, check_vma):
-    """Megatron: the first kernel is split by columns, the second by rows."""
+    """Megatron: the first kernel is split by columns, the second by rows.
+
+    Each entry of a kernel that is split over the devices meets the rows of one of them, so these
+    count once, whether the types tell copies from parts or not.
+    """
 
     def loss_fn(p, x):
         def local(w, b, v, c, x):
@@ -240,7 +244,7 @@ def scanned_plain(axis):
 def indexed_plain(axis):
     def f(p, x):
         for i in range(2):
-            q = jax.tree.map(lambda a: jnp.take(a, i, axis), p["dense"])  # noqa: B023
+            q = jax.tree.map(lambda a: jnp.moveaxis(a, axis, 0)[i], p["dense"])  # noqa: B023
             x = x + jnp.tanh(x @ q["kernel"] + q["bias"][None])
         return x
 
