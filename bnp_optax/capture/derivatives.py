@@ -22,20 +22,21 @@ from jax.extend.core import primitives as prims
 from bnp_optax.capture import jaxprs
 from bnp_optax.capture.uses import Trace, Use
 
-# Products by their `id`.
-Products = frozenset[int]
+# Products by the numbers of what they multiply, so that one repeated is one.
+Product = tuple[int, int]
+Products = frozenset[Product]
 _NONE: Products = frozenset()
 
-# Linear in every operand, or in all of them together.
+# Linear in every operand, or in all of them together. So is a product of two results: those of a
+# derivative are multiplied with one another in the second derivative.
 _LINEAR = {
     *("add", "add_any", "sub", "neg", "mul", "dot_general", "conv_general_dilated", "reduce_sum"),
     *("transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "rev", "slice"),
     *("convert_element_type", "dynamic_slice", "gather", "concatenate", "pad", "cumsum", "copy"),
     *("select_n", "name", "reduce_precision", "real", "imag", "optimization_barrier", "pvary"),
     *("pcast", "reshard", "sharding_constraint", "psum", "psum_invariant", "all_gather"),
-    *("dynamic_update_slice", "scatter-add", "split"),
+    *("dynamic_update_slice", "scatter-add", "split", "stack", "tile"),
 }
-_BILINEAR = {"mul", "dot_general", "conv_general_dilated"}
 
 
 def without_derivatives(trace: Trace) -> list[Use]:
@@ -52,9 +53,9 @@ def without_derivatives(trace: Trace) -> list[Use]:
     flow, kept = _Flow(trace), []
     derived = _derived(list(by_root.values()), flow)
     for uses in by_root.values():
-        own = [use for use in uses if id(use.product) not in derived]
+        own = [use for use in uses if use.rows not in derived]
         # A kernel may be used for nothing but what derivatives have given.
-        own = own or [use for use in uses if id(use.product) not in flow.transposed]
+        own = own or [use for use in uses if use.rows not in flow.transposed]
         # Of a network whose derivatives alone are in the loss, such as forces, nothing needs the
         # last layer's own results.
         derivatives = any(use.live for use in uses if use not in own)
@@ -62,7 +63,7 @@ def without_derivatives(trace: Trace) -> list[Use]:
     return kept
 
 
-def _derived(kernels: Sequence[Sequence[Use]], flow: "_Flow") -> set[int]:
+def _derived(kernels: Sequence[Sequence[Use]], flow: "_Flow") -> set[Product]:
     """The products that are of derivatives."""
     derived = set(flow.transposed)
     groups = [
@@ -74,7 +75,7 @@ def _derived(kernels: Sequence[Sequence[Use]], flow: "_Flow") -> set[int]:
     sorted_groups: set[int] = set()
 
     def is_bent(use: Use) -> bool:
-        return id(use.product) in flow.bent
+        return use.rows in flow.bent
 
     def sort(is_own: Callable[[Use], bool]) -> None:
         """Where some products of a kernel are a layer's own, the others are not."""
@@ -82,12 +83,12 @@ def _derived(kernels: Sequence[Sequence[Use]], flow: "_Flow") -> set[int]:
             if id(group) in sorted_groups or not any(map(is_own, group)):
                 continue
             sorted_groups.add(id(group))
-            known = [use for use in group if id(use.product) not in derived]
+            known = [use for use in group if use.rows not in derived]
             own = [use for use in known if is_own(use)]
             rest = [use for use in known if not is_own(use)] if own else []
             if own and not own[0].marked and not any(use.live for use in own):
                 rest = [use for use in rest if use.constant or not is_bent(use)]
-            derived.update(id(use.product) for use in rest)
+            derived.update(use.rows for use in rest)
             # So are those of inputs that come from these.
             while new := {p for p, sources in flow.sources.items() if sources & derived} - derived:
                 derived.update(new)
@@ -108,9 +109,9 @@ class _Flow:
     """
 
     def __init__(self, trace: Trace) -> None:
-        self.bent: set[int] = set()
-        self.sources: dict[int, Products] = {}
-        self.transposed: set[int] = set()
+        self.bent: set[Product] = set()
+        self.sources: dict[Product, Products] = {}
+        self.transposed: set[Product] = set()
         none = [_NONE] * len(trace.jaxpr.invars)
         self._walk(trace.jaxpr, trace, none, False)
 
@@ -123,21 +124,26 @@ class _Flow:
         def read(atom: Any) -> Products:
             return _NONE if isinstance(atom, Literal) else env.get(atom, _NONE)
 
-        products: dict[int, list[Any]] = collections.defaultdict(list)
+        products: dict[int, list[Use]] = collections.defaultdict(list)
         for use in trace.uses if trace is not None else ():
             # A product may be measured at the call that holds it, but multiplies inside.
             if use.inner is None and use.eqn not in trace.calls:
-                products[use.eqn].append(use.product)
+                products[use.eqn].append(use)
+        zeros: set[Any] = set()  # Taylor coefficients of what is constant, for example.
         for index, eqn in enumerate(jaxpr.eqns):
             operands = [read(atom) for atom in eqn.invars]
+            if _is_zero(eqn, zeros):
+                zeros.update(eqn.outvars)
+                continue
             names = str(eqn.source_info.name_stack)
             # What `checkpoint` computes once more is as it was.
             again = "rematted_computation" in names
             backwards = "transpose(" in names or (transposed and not again)
             if index in products:
-                found = frozenset(map(id, products[index]))
-                for product in products[index]:
-                    self.sources[id(product)] = read(product.inputs)
+                found = frozenset(use.rows for use in products[index])
+                for use in products[index]:
+                    known = self.sources.get(use.rows, _NONE)
+                    self.sources[use.rows] = known | read(use.product.inputs)
                 if backwards:
                     self.transposed |= found
                 results = [found] * len(eqn.outvars)
@@ -169,6 +175,12 @@ class _Flow:
                 return [operands[0]]
             self.bent |= every
             return [_NONE] * len(eqn.outvars)
-        if name in _BILINEAR and operands[0] & operands[1]:
-            self.bent |= operands[0] & operands[1]
         return [every] * len(eqn.outvars)
+
+
+def _is_zero(eqn: Any, zeros: set[Any]) -> bool:
+    """Whether an equation makes an array of zeros, or multiplies with one."""
+    if eqn.primitive is prims.broadcast_in_dim_p and isinstance(eqn.invars[0], Literal):
+        return eqn.invars[0].val == 0
+    is_product = eqn.primitive in (prims.mul_p, prims.dot_general_p)
+    return is_product and any(not isinstance(a, Literal) and a in zeros for a in eqn.invars)

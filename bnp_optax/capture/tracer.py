@@ -323,6 +323,9 @@ class _Tracer:
             if not any(self.is_data(a) for a in eqn.invars if self.result(a) is None):
                 self.follow_trusted(eqn)
             return
+        if eqn.primitive is prims.add_p and 0.0 in map(self.constant, eqn.invars):
+            self.results[out] = result
+            return
         first = eqn.invars[0]
         if self.result(first) is None:
             return
