@@ -158,7 +158,6 @@ def value_and_grad(
         if layers is not None:
             _check_names("layers", {n: layer.kernel_shape for n, layer in layers.items()}, leaves)
         found = covered.find(loss_fn, params, args, kwargs, options)
-        _check_found(found, layers)
         wanted = found.kernels if layers is None else [n for n in layers if n in found.kernels]
         names = [name for name in wanted if name not in known]
         row_weights = None if weights is None else jnp.asarray(weights(*args, **kwargs))
@@ -170,6 +169,8 @@ def value_and_grad(
             return outputs[0], (outputs, lax.stop_gradient(measures))
 
         (_, (outputs, measures)), grads = jax.value_and_grad(instrumented, has_aux=True)(params)
+        # After JAX has said what it does not differentiate.
+        _check_found(found, layers)
         value = found.rebuild(outputs)
         _check_value(value, has_aux)
         stats = covered.statistics(found, measures)

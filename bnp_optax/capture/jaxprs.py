@@ -14,7 +14,7 @@ from jax.extend.core import primitives as prims
 # Functions with derivatives of their own: evaluated as they are, so that these are kept.
 CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "closed_call"}
 # A derivative does not pass these, nor what has integers for a result.
-_FLAT = {"stop_gradient", "floor", "ceil", "round", "sign"}
+FLAT = {"stop_gradient", "floor", "ceil", "round", "sign"}
 
 
 # Identities; those that `shard_map` and explicit sharding put in have no public names.
@@ -116,7 +116,7 @@ class Liveness:
     def _equation(self, index: int, eqn: Any, live: list[bool]) -> list[bool]:
         """Which operands the outputs depend on, given on which results they do."""
         every, name = [True] * len(eqn.invars), eqn.primitive.name
-        if self._strict and name in _FLAT:
+        if self._strict and name in FLAT:
             return [False] * len(every)
         if is_call(eqn) and (inner := called(eqn)) is not None:
             custom = name in CUSTOM

@@ -196,6 +196,8 @@ class _Tracer:
             self.marks[out] = Mark(out, eqn.params["name"].startswith(TRUSTED))
         elif is_identity(eqn) or is_sum_over_devices(eqn):
             self.carry_over(eqn)
+        elif name in jaxprs.FLAT:
+            pass  # Parameters that are held constant are none.
         elif any(self.view(atom) for atom in eqn.invars):
             self.rearrange(eqn)
         elif any(self.result(atom) for atom in eqn.invars):
