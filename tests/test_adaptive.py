@@ -154,6 +154,41 @@ def test_zero_gradients_give_finite_updates(preconditioner):
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("make", [bnp_optax.adam_l1, None])
+def test_low_precision_follows_adam(dtype, make):
+    if make is None:
+        scaled = bnp_optax.precondition(bnp_optax.rms(), before=optax.ema(0.9))
+        ours = optax.chain(scaled, optax.scale(-RATE))
+    else:
+        ours = make(RATE, 0.0)
+
+    def trained(tx, dtype):
+        params = {"w": jnp.array([[1.0, -2.0, 0.3]], dtype)}
+        state = tx.init(params)
+        step = jax.jit(tx.update)
+        for t in range(50):
+            grads = jax.tree.map(lambda p: (p - 0.1 + 0.2 * jnp.sin(t)).astype(p.dtype), params)
+            updates, state = step(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return np.asarray(params["w"], np.float32)
+
+    adam = trained(optax.adam(RATE), jnp.float32)
+    theirs = trained(optax.adam(RATE), dtype)
+    got = trained(ours, dtype)
+    assert np.abs(got - adam).max() <= 2 * np.abs(theirs - adam).max() + 0.01
+    assert np.abs(got - [[1.0, -2.0, 0.3]]).min() > 0.1
+
+
+def test_complex_parameters_have_a_real_scale():
+    tx = bnp_optax.precondition(bnp_optax.rms(eps=0.0))
+    params = {"w": jnp.array([1.0 + 1.0j, 2.0])}
+    grads = {"w": jnp.array([3.0 + 4.0j, -2.0j])}
+    updates, state = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [0.6 + 0.8j, -1.0j], rtol=1e-5)
+    assert state.nu["w"].dtype == jnp.float32
+
+
 def test_integers_pass_through():
     tx = bnp_optax.precondition(bnp_optax.rms())
     params = {"n": jnp.array([3]), "w": jnp.array([2.0])}

@@ -1,11 +1,13 @@
 """Points that an optimizer keeps in its state, carried along when P moves.
 
 Some optimizers store parameters: schedule-free its iterate, SAM the place that it returns to,
-mechanize, COCOB, DoG and Prodigy where they started. Inside `in_zspace` such a point is a
+mechanize, DoG and Prodigy where they started. Inside `in_zspace` such a point is a
 z = P_old^-1 p. With P refreshed it would stand for another p, and pull the parameters there. So it
 becomes P_new^-1 P_old z, which stands for the p that it stood for.
 
-Which leaves of a state are points is seen from `init`: they are copies of its argument.
+Which leaves of a state are points is seen from `init`: they are copies of its argument. That is
+not enough for an optimizer that places the parameters at x0 - (a sum of gradients): the sum is one
+of older z. Such optimizers are refused.
 """
 
 from collections.abc import Callable
@@ -20,8 +22,38 @@ from bnp_optax.preconditioners import Operator
 
 # Of operations, those that copy.
 _COPIES = ("copy", "copy_p", "convert_element_type", "optimization_barrier")
+# Of optimizers that cannot run in z, the state, what to call it, and why.
+_SUMMED = (
+    "it places the parameters by a sum of gradients, each of which is of another z when P moves"
+)
+_REFUSED = {
+    "COCOBState": ("optax.contrib.cocob", _SUMMED),
+    "MadgradState": ("optax.contrib.madgrad", _SUMMED),
+    "LookaheadState": ("optax.lookahead", "its parameters are pairs of fast and slow ones"),
+}
 _LineSearch = optax.ScaleByBacktrackingLinesearchState | optax.ScaleByZoomLinesearchState
 Pairs = tuple[tuple[int, int], ...]
+
+
+def check_runs_in_z(state: Any) -> None:
+    """Raise if `state` is that of an optimizer that cannot run in z.
+
+    Raises:
+      ValueError: Naming the optimizer, the reason, and what to use.
+    """
+
+    def is_refused(node: Any) -> bool:
+        return type(node).__name__ in _REFUSED
+
+    for node in jax.tree.leaves(state, is_leaf=is_refused):
+        if is_refused(node):
+            name, reason = _REFUSED[type(node).__name__]
+            msg = (
+                f"`{name}` cannot run inside `in_zspace`: {reason}. Use an optimizer that steps "
+                "from where the parameters are, such as `optax.adam` or, without a learning rate, "
+                "`optax.contrib.prodigy`; for slow averages, `optax.contrib.schedule_free`."
+            )
+            raise ValueError(msg)
 
 
 def find_points(init: Callable[[Any], Any], params: Any) -> Pairs:

@@ -12,7 +12,12 @@ from bnp_optax.preconditioners import Preconditioner
 from bnp_optax.preconditioners.base import check_preconditioner
 from bnp_optax.transforms.extra_args import update_inner
 from bnp_optax.transforms.functions_of_z import GradientInZ, Point, ValueInZ
-from bnp_optax.transforms.stored_points import carry_points, find_points, forget_value
+from bnp_optax.transforms.stored_points import (
+    carry_points,
+    check_runs_in_z,
+    find_points,
+    forget_value,
+)
 
 
 class InZspaceState(NamedTuple):
@@ -60,6 +65,10 @@ def in_zspace(
     Returns:
       A transformation with state `InZspaceState`.
 
+    Raises:
+      ValueError: At `init`, if `inner` is one of the few that cannot run in z: lookahead, COCOB,
+        MADGRAD.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> import flax.linen as nn
@@ -86,7 +95,9 @@ def in_zspace(
     def init_fn(params: optax.Params) -> InZspaceState:
         state = preconditioner.init(params)
         z = preconditioner.operator(state).solve(params)
-        return InZspaceState(state, inner.init(z), first.init(params))
+        inner_state = inner.init(z)
+        check_runs_in_z(inner_state)
+        return InZspaceState(state, inner_state, first.init(params))
 
     @functools.cache
     def points_of(treedef: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
