@@ -168,7 +168,9 @@ def test_low_precision_follows_adam(dtype, make):
         state = tx.init(params)
         step = jax.jit(tx.update)
         for t in range(50):
-            grads = jax.tree.map(lambda p: (p - 0.1 + 0.2 * jnp.sin(t)).astype(p.dtype), params)
+            grads = jax.tree.map(
+                lambda p, t=t: (p - 0.1 + 0.2 * jnp.sin(t)).astype(p.dtype), params
+            )
             updates, state = step(grads, state, params)
             params = optax.apply_updates(params, updates)
         return np.asarray(params["w"], np.float32)

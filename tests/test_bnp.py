@@ -155,9 +155,7 @@ def by_unit(matrix, tree):
 @pytest.mark.parametrize("name", MATRIX_CASES)
 def test_mv_multiplies_by_p(name):
     P, matrix, tree = prepared(name)
-    assert_trees_close(
-        jax.jit(P.mv)(tree), by_unit(matrix, tree), MATRIX_RTOL
-    )
+    assert_trees_close(jax.jit(P.mv)(tree), by_unit(matrix, tree), MATRIX_RTOL)
 
 
 @pytest.mark.parametrize("name", MATRIX_CASES)

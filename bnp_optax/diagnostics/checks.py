@@ -67,5 +67,5 @@ def operator_of(preconditioner: Preconditioner | Operator | None, state: Any) ->
             "that of `precondition` itself. An `Operator` needs no state."
         )
         raise ValueError(msg)
-    check_preconditioner(preconditioner)
-    return preconditioner.operator(state)
+    checked = check_preconditioner(preconditioner)
+    return checked.operator(state)

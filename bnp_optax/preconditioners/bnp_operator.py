@@ -115,12 +115,12 @@ class BNPOperator(Operator):
         for name, layer in layers_of(tree, self._layers).items():
             mean, diagonal, q, _ = self._scalings[name]
             dtype = jnp.promote_types(leaves[name].dtype, jnp.float32)
-            w, b = leaves[name].astype(dtype), None
-            if layer.bias is not None and mean is not None:
-                old = leaves[layer.bias]
-                b = layer.align_bias(old.astype(dtype))
-            w, b = function(w, b, mean, diagonal / q, 1.0 / q)
+            w, s = leaves[name].astype(dtype), diagonal / q
+            if layer.bias is None or mean is None:
+                w, _ = function(w, None, None, s, 1.0 / q)
+            else:
+                bias = leaves[layer.bias]
+                w, b = function(w, layer.align_bias(bias.astype(dtype)), mean, s, 1.0 / q)
+                new[layer.bias] = layer.restore_bias(b, bias.shape).astype(bias.dtype)
             new[name] = w.astype(leaves[name].dtype)
-            if b is not None:
-                new[layer.bias] = layer.restore_bias(b, old.shape).astype(old.dtype)
         return replace_leaves(tree, new)

@@ -23,9 +23,7 @@ from bnp_optax.preconditioners import Operator
 # Of operations, those that copy.
 _COPIES = ("copy", "copy_p", "convert_element_type", "optimization_barrier")
 # Of optimizers that cannot run in z, the state, what to call it, and why.
-_SUMMED = (
-    "it places the parameters by a sum of gradients, each of which is of another z when P moves"
-)
+_SUMMED = "it places the parameters by a sum of gradients in z, and P moves what z stands for"
 _REFUSED = {
     "COCOBState": ("optax.contrib.cocob", _SUMMED),
     "MadgradState": ("optax.contrib.madgrad", _SUMMED),
