@@ -132,3 +132,35 @@ def test_the_report_shows_what_was_seen():
     given |= {"preconditioner": preconditioner, "state": state.preconditioner}
     two = diagnostics.unit_hessian(plain_loss, PLAIN, "w1", 0, **given)
     assert jnp.array_equal(one, two)
+
+
+def test_a_derivative_through_an_update_takes_the_statistics_for_constants():
+    def loss_fn(params, x):
+        return jnp.mean((x @ params["kernel"] + params["bias"][None]) ** 2)
+
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+    tx = bnp_optax.bnp_precondition(warm_start=True)
+    ones = jax.tree.map(jnp.ones_like, params)
+
+    def update(scale):
+        _, _, stats = bnp_optax.value_and_grad(loss_fn)(params, scale * X)
+        return tx.update(ones, tx.init(params), params, layer_stats=stats)[0]["kernel"].sum()
+
+    assert float(jax.grad(update)(1.0)) == 0.0
+
+
+def test_layers_whose_axes_only_the_statistics_tell():
+    """Stacked or not, without a bias: a relative floor for each layer, or one for all inputs."""
+    var = jnp.array([[[1.0], [4.0]], [[100.0], [400.0]]])
+    ones = {"kernel": jnp.ones((2, 2, 3))}
+    floors = {}
+    for axes in ((-2,), (-3, -2)):
+        layer = bnp_optax.Layer("kernel", None, axes)
+        stats = bnp_optax.LayerStats.of_batch(0.0 * var, var, jnp.float32(8.0), layer)
+        bnp = bnp_optax.bnp(decay=0.0, eps_rel=1.0, eps_abs=0.0, scale=False)
+        state = bnp.init(ones)
+        after = bnp.update(ones, state, ones, layer_stats={"kernel": stats})
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+        floors[axes] = 1.0 / bnp.operator(after).gram(ones)["kernel"][..., :1]
+    assert jnp.allclose(floors[(-2,)], var + jnp.array([4.0, 400.0])[:, None, None])
+    assert jnp.allclose(floors[(-3, -2)], var + 400.0)
