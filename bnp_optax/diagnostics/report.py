@@ -243,9 +243,9 @@ def report(
     states = bnp_states(state)
     kappas_d = conditioning(state) if states else {}
     counted = {
-        name: (int(seen), int(rejected))
+        name: (int(one.seen[i]), int(one.rejected[i]))
         for one in states
-        for name, seen, rejected in zip(scalings(one), one.seen, one.rejected, strict=True)
+        for i, name in enumerate(scalings(one))
     }
     choices = [None] if P is None else [None, P]
 

@@ -128,13 +128,14 @@ def bnp(
             masks = jax.tree.map(lambda _: optax.MaskedNode(), params)
             return replace_leaves(masks, arrays)
 
+        n = max(len(found), 1)  # Orbax saves no empty arrays.
         return BNPState(
             mean=filled(0.0, only_centered=True),
             var=filled(1.0, only_centered=False),
-            q=jnp.ones(len(found), jnp.float32),
-            inputs=_bits(found.values()),
-            seen=jnp.zeros(len(found), jnp.int32),
-            rejected=jnp.zeros(len(found), jnp.int32),
+            q=jnp.ones(n, jnp.float32),
+            inputs=_bits(found.values()) if found else jnp.zeros(n, jnp.int32),
+            seen=jnp.zeros(n, jnp.int32),
+            rejected=jnp.zeros(n, jnp.int32),
             eps=eps(),
         )
 

@@ -17,7 +17,8 @@ class BNPState(NamedTuple):
     """State of `bnp`: running statistics at the kernels, and a number for each layer.
 
     The trees have the parameters' structure, with `optax.MaskedNode` at all other leaves. The
-    vectors have an entry for each layer, in the order in which the kernels are flattened.
+    vectors have an entry for each layer, in the order in which the kernels are flattened, and one
+    that is not used where there is no layer.
 
     Attributes:
       mean: At kernels with a bias, the running mean mu, which broadcasts against the kernel.
