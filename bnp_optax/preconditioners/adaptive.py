@@ -97,7 +97,9 @@ def rms(
 
     def diagonal(nu: Array, count: Array) -> Array:
         if bias_correction:
-            nu = nu / (1.0 - jnp.asarray(decay, nu.dtype) ** count)
+            # 1 - decay^t, in which 1 - 0.999 would lose five digits of float32.
+            rate = jnp.asarray(1.0 - decay, nu.dtype)
+            nu = nu / -jnp.expm1(count * jnp.log1p(-rate))
         return _inverse_root(jnp.sqrt(nu) + eps)
 
     return _diagonal(0.0, accumulate, diagonal)
