@@ -11,10 +11,12 @@ from bnp_optax.capture import (
     summarize,
     value_and_grad,
 )
+from bnp_optax.metrics import metrics
 from bnp_optax.preconditioners import (
     BNPState,
     ComposeState,
     DiagonalState,
+    Operator,
     Preconditioner,
     adagrad,
     bnp,
@@ -48,6 +50,7 @@ __all__ = [
     "InZspaceState",
     "Layer",
     "LayerStats",
+    "Operator",
     "PreconditionState",
     "Preconditioner",
     "ProximalL1State",
@@ -65,6 +68,7 @@ __all__ = [
     "find_layers",
     "gradient_regularization",
     "in_zspace",
+    "metrics",
     "precondition",
     "proximal_l1",
     "pspace_weight_decay",

@@ -97,7 +97,7 @@ def test_value_and_grad_with_layers_that_params_have_not(step: Step) -> None:
 
 def test_value_and_grad_with_layers_of_another_shape(step: Step) -> None:
     layers = bnp_optax.find_layers(step.loss_fn, step.params)
-    layers[FIRST] = dataclasses.replace(layers[FIRST], kernel_shape=(5, 2), stats_shape=(5, 1))
+    layers[FIRST] = dataclasses.replace(layers[FIRST], kernel_shape=(5, 2))
     pattern = says(f"`layers` has `{FIRST}` of shape (5, 2), but `params` has it with shape (4, 2)")
     with pytest.raises(ValueError, match=pattern):
         bnp_optax.value_and_grad(step.loss_fn, layers=layers)(step.params)
@@ -121,7 +121,7 @@ def test_layers_that_params_have_not(step: Step, factory: Any) -> None:
 @for_each_factory
 def test_layers_of_another_shape(step: Step, factory: Any) -> None:
     layers = bnp_optax.find_layers(step.loss_fn, step.params)
-    layers[FIRST] = dataclasses.replace(layers[FIRST], kernel_shape=(5, 2), stats_shape=(5, 1))
+    layers[FIRST] = dataclasses.replace(layers[FIRST], kernel_shape=(5, 2))
     with pytest.raises(ValueError, match=says(f"`{FIRST}`", "(5, 2)", "(4, 2)", "`find_layers`")):
         factory(layers=layers).init(step.params)
 
@@ -183,11 +183,14 @@ def test_leaves_that_are_no_kernel_pass_through(factory: Any, layers: Any) -> No
         "vector": {"kernel": jnp.ones(3), "bias": jnp.ones(3)},
         "frozen": {"kernel": None, "bias": None},
         "empty": {},
+        "zero inputs": {"kernel": jnp.ones((0, 2)), "bias": jnp.ones(2)},
+        "zero units": {"kernel": jnp.ones((2, 0)), "bias": jnp.ones(0)},
     }
     in_z = bnp(layers=layers)
     state = in_z.init(tree)
-    for function in (in_z.apply, in_z.apply_transpose, in_z.solve):
-        assert_same(function(state, tree), tree)
+    P = in_z.operator(state)
+    for function in (P.mv, P.transpose, P.solve, P.gram):
+        assert_same(function(tree), tree)
     assert_same(in_z.update(tree, state, tree), state)
     tx = bnp_precondition(layers=layers)
     assert_same(tx.update(tree, tx.init(tree), tree)[0], tree)

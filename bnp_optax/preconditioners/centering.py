@@ -1,12 +1,13 @@
 """P = U D / q of one layer, and its transpose, inverse and square, without forming matrices.
 
-A layer is a kernel w, a bias b broadcast against it (or None), the mean mu of its inputs, the
-scale s = 1 / (sigma~ q) of the kernel and s_b = 1 / q of the bias. Then
+A layer is a kernel w, a bias b broadcast against it, the mean mu of its inputs (both None where
+it is not centered), the scale s = 1 / (sigma~ q) of the kernel and s_b = 1 / q of the bias. Then
 
     P [z_b, z_w] = [s_b z_b - sum_i mu_i s_i z_i, s z_w].
 """
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -17,22 +18,22 @@ Stats = Float[Array, "..."]
 Pair = tuple[Kernel, Bias]
 
 
-def apply(w: Kernel, b: Bias, mu: Stats, s: Stats, s_b: Stats) -> Pair:
+def mv(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
     """P z."""
     return s * w, None if b is None else s_b * b - _dot(mu * s, w, b.shape)
 
 
-def apply_transpose(w: Kernel, b: Bias, mu: Stats, s: Stats, s_b: Stats) -> Pair:
+def transpose(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
     """P^T g."""
     return (s * w, None) if b is None else (s * (w - mu * b), s_b * b)
 
 
-def solve(w: Kernel, b: Bias, mu: Stats, s: Stats, s_b: Stats) -> Pair:
+def solve(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
     """P^-1 p."""
     return w / s, None if b is None else (b + _dot(mu, w, b.shape)) / s_b
 
 
-def gram(w: Kernel, b: Bias, mu: Stats, s: Stats, s_b: Stats) -> Pair:
+def gram(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
     """P P^T g, steps 4 and 5 of Algorithms 2 and 3.
 
     Step 5 sums mu times the updated G_w, which is s^2 (G_w - mu G_b). Split into a product with

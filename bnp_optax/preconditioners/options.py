@@ -13,7 +13,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class BNPOptions(TypedDict, total=False):
-    """The options of `bnp`, which see."""
+    """The options of `bnp`, where they are described."""
 
     decay: ArrayLike
     eps_rel: ArrayLike
