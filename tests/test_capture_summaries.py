@@ -85,19 +85,40 @@ def linen_square(p, x):
     return nn.Dense(3).apply({"params": p}, x)
 
 
+def by_odeint(f, p, x):
+    """An adaptive solver, which evaluates the field before its loop too, at the start."""
+    field = lambda y, t, p: jnp.tanh(f(p, y)) - y  # noqa: E731
+    return odeint(field, x, jnp.array([0.0, 1.0]), p, rtol=1e-3, atol=1e-3)[1]
+
+
+def by_fixed_point(f, p, x):
+    """A deep equilibrium, with the gradient of one more step than the loop takes."""
+
+    @jax.custom_vjp
+    def solve(p, x):
+        step = lambda c: (c[0] + 1, jnp.tanh(f(p, c[1]) / 8 + x))  # noqa: E731
+        return lax.while_loop(lambda c: c[0] < 20, step, (0, x))[1]
+
+    def backward(residuals, g):
+        p, x, y = residuals
+        return jax.vjp(lambda p, x: jnp.tanh(f(p, y) / 8 + x), p, x)[1](g)
+
+    solve.defvjp(lambda p, x: (solve(p, x), (p, x, solve(p, x))), backward)
+    return solve(p, x)
+
+
+@pytest.mark.parametrize("solver", [by_odeint, by_fixed_point])
 @pytest.mark.parametrize("f", [linen_square, plain])
-def test_the_reason_of_a_loop_names_the_remedy(f):
-    """An adaptive solver is a `while_loop` with a derivative of its own, as diffrax's default is."""
+def test_the_reason_of_a_loop_names_the_remedy(f, solver):
+    """Most rows of the kernel are in a `while_loop`, as they are by diffrax's default adjoint."""
 
     def loss_fn(p, x):
-        field = lambda y, t, p: jnp.tanh(f(p, y)) - y  # noqa: E731
-        end = odeint(field, x, jnp.array([0.0, 1.0]), p["field"], rtol=1e-3, atol=1e-3)[1]
-        return jnp.mean((end @ p["head"] - 1) ** 2)
+        return jnp.mean((solver(f, p["field"], x) @ p["head"] - 1) ** 2)
 
     params = {"field": {"kernel": normal(1, 3, 3), "bias": normal(3, 3)}, "head": normal(2, 3, 1)}
     stats, reasons = assert_nothing_is_lost(loss_fn, params, X)
     assert stats["head"].count == 16
-    assert "while" in reasons["field/kernel"]
+    assert "while" in reasons.get("field/kernel", "")
     assert "scan" in reasons["field/kernel"] or "DirectAdjoint" in reasons["field/kernel"]
 
 
