@@ -1,7 +1,7 @@
 """Names for the leaves of a pytree, the same wherever a library puts its boxes."""
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -96,3 +96,17 @@ def _ends_in_value(path: KeyPath) -> bool:
 
 def _joined(path: KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The JAX arrays of `tree`, and a function that puts others in their place."""
+    leaves, treedef = jax.tree.flatten(tree)
+    is_array = [isinstance(x, jax.Array | jax.ShapeDtypeStruct) for x in leaves]
+
+    def rebuild(arrays: Sequence[Any]) -> Any:
+        rest: Iterator[Any] = iter(arrays)
+        return treedef.unflatten(
+            [next(rest) if array else x for x, array in zip(leaves, is_array, strict=True)]
+        )
+
+    return [x for x, array in zip(leaves, is_array, strict=True) if array], rebuild

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnp_optax.diagnostics.conditioning import conditioning
+from bnp_optax.layers import Layers
 from bnp_optax.preconditioners.bnp_operator import bnp_states, scalings
-from bnp_optax.preconditioners.layout import Layers
 
 
 def metrics(opt_state: Any, layers: Layers | None = None) -> dict[str, Array]:

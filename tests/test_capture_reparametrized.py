@@ -276,6 +276,7 @@ def test_nnx_low_rank_layers():
     model = nnx.Sequential(
         nnx.LoRALinear(3, 2, lora_rank=1, rngs=rngs), nnx.Linear(2, 1, rngs=rngs)
     )
+    first = model.layers[0]
     loss_fn = lambda model, x: jnp.mean((model(x) - 1) ** 2)  # noqa: E731
     _, _, stats = bnp_optax.flax_nnx.value_and_grad(loss_fn)(model, X)
     assert_rows(stats["layers/0/kernel"], X)

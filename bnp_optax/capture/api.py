@@ -13,6 +13,7 @@ from bnp_optax._tree import BIAS, KERNEL, is_named, named_leaves, quoted
 from bnp_optax.capture import covered
 from bnp_optax.capture.covered import Covered
 from bnp_optax.capture.moments import ConvStatistics, Options
+from bnp_optax.layers import by_convention, check_layers
 from bnp_optax.statistics import Layer, LayerStats
 
 
@@ -148,7 +149,7 @@ def value_and_grad(
       {'w1': ('b1', (3, 1)), 'w2': (None, (2, 1))}
     """
     options = options_of(conv_statistics, sample_rows, embeddings)
-    _check_layers(layers)
+    check_layers(layers)
 
     @functools.wraps(loss_fn)
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, LayerStats]]:
@@ -178,7 +179,8 @@ def value_and_grad(
             if layers is not None and name in layers:
                 stats[name] = covered.idle_statistics(layers[name])
             elif layers is None and is_named(name, KERNEL):
-                stats[name] = covered.idle_statistics(covered.idle_layer(name, leaves))
+                idle = by_convention(name, tuple(jnp.shape(leaves[name])), leaves)
+                stats |= {name: covered.idle_statistics(idle)} if idle else {}
         return value, grads, stats | known
 
     return wrapped
@@ -192,18 +194,6 @@ def _check_value(value: Any, has_aux: bool) -> None:
     if not has_aux and not isinstance(value, jax.Array):
         msg = f"The loss must return a scalar, got a {type(value)}; for aux pass `has_aux=True`."
         raise TypeError(msg)
-
-
-def _check_layers(layers: Any) -> None:
-    is_mapping = isinstance(layers, Mapping)
-    if layers is None or (is_mapping and all(isinstance(v, Layer) for v in layers.values())):
-        return
-    msg = (
-        f"`layers` must be what `find_layers` returns, or a part of it, got a "
-        f"`{type(layers).__name__}`. To choose by name: `layers = {{name: layer for name, layer in "
-        "bnp_optax.find_layers(loss_fn, params, ...).items() if ...}`."
-    )
-    raise ValueError(msg)
 
 
 def _check_found(found: Covered, layers: Mapping[str, Layer] | None) -> None:

@@ -4,14 +4,14 @@ import collections
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnp_optax._tree import KERNEL, is_named, named_leaves
+from bnp_optax._tree import named_leaves, split_arrays
 from bnp_optax.capture import interpreter, views
 from bnp_optax.capture.derivatives import without_derivatives
 from bnp_optax.capture.jaxprs import Liveness, Numbers
@@ -27,13 +27,12 @@ class Kernel:
 
     Attributes:
       layer: What users see of it.
-      uses: Its products with inputs, each with what the inputs are multiplied by to be those that
-        the kernel's entries meet.
+      uses: Its products with inputs.
       count: Batch size x positions x calls, as traced.
     """
 
     layer: Layer
-    uses: list[tuple[Use, float]]
+    uses: list[Use]
     count: Any
 
 
@@ -72,7 +71,7 @@ def find(
     """
     leaves = named_leaves(params)
     _check_arrays(leaves)
-    dynamic, rebuild_args = _split_arrays((args, kwargs))
+    dynamic, rebuild_args = split_arrays((args, kwargs))
     rebuild_outputs: list[Any] = []
 
     def traced(params: Any, dynamic: list[Any]) -> Any:
@@ -82,7 +81,7 @@ def find(
         leaves, treedef = jax.tree.flatten(returned)
         # The loss may be a constant.
         leaves[:1] = [jnp.asarray(leaf) for leaf in leaves[:1]]
-        outputs, rebuild = _split_arrays(treedef.unflatten(leaves))
+        outputs, rebuild = split_arrays(treedef.unflatten(leaves))
         rebuild_outputs.append(rebuild)
         return outputs
 
@@ -156,20 +155,6 @@ def _check_arrays(leaves: Mapping[str, Any]) -> None:
             raise ValueError(msg)
 
 
-def _split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The JAX arrays of `tree`, and a function that puts others in their place."""
-    leaves, treedef = jax.tree.flatten(tree)
-    is_array = [isinstance(x, jax.Array | jax.ShapeDtypeStruct) for x in leaves]
-
-    def rebuild(arrays: Sequence[Any]) -> Any:
-        rest: Iterator[Any] = iter(arrays)
-        return treedef.unflatten(
-            [next(rest) if array else x for x, array in zip(leaves, is_array, strict=True)]
-        )
-
-    return [x for x, array in zip(leaves, is_array, strict=True) if array], rebuild
-
-
 # Equations that take norm scales, class tokens, position tables, and the like, but no kernels.
 _ELEMENTWISE = {
     *("add", "add_any", "sub", "concatenate", "mul", "div", "select_n", "pow", "exp", "tile"),
@@ -208,6 +193,10 @@ def _why_not(
     if not uses:
         taken = ", ".join(f"`{name}`" for name in consumers) or "nothing known"
         return f"no product with inputs takes it as it is, but {taken}"
+    for use in uses:
+        # A layer whose kernel and bias are scaled alike is one with scaled outputs.
+        if use.scale != (use.biases[0].scale if use.biases else 1.0):
+            return f"`{use.scaled or 'mul'}` changes it before it meets the inputs, not its bias"
     axes = sorted({tuple(sorted(use.input_axes)) for use in uses})
     if len(axes) > 1:
         return f"it is tied: summed over its axes {' and over its axes '.join(map(str, axes))}"
@@ -241,9 +230,7 @@ def _kernels(
             kernel_shape=shapes[name],
             kind=uses[0].product.kind,
         )
-        factors = [use.scale / (use.biases[0].scale if bias else 1.0) for use in uses]
-        pairs = list(zip(uses, factors, strict=True))
-        kernels[name] = Kernel(layer, pairs, sum(use.count for use in uses))
+        kernels[name] = Kernel(layer, uses, sum(use.count for use in uses))
     return kernels
 
 
@@ -281,21 +268,12 @@ def measure(
     found: Covered, chosen: Sequence[str], args: list[Any], weights: Weights
 ) -> tuple[list[Any], dict[str, views.Measure]]:
     """The outputs of the loss's jaxpr, and measurements of the kernels `chosen`."""
-    wanted = [use for name in chosen for use, _ in found.kernels[name].uses]
+    wanted = [use for name in chosen for use in found.kernels[name].uses]
     outputs, measures = interpreter.evaluate(found.trace, wanted, args, weights)
 
-    def of_kernel(kernel: Kernel) -> views.Measure:
-        parts = [_scaled(measures[use], factor) for use, factor in kernel.uses]
-        return views.union(parts)
-
-    return outputs, {name: of_kernel(found.kernels[name]) for name in chosen}
-
-
-def _scaled(measure: views.Measure, factor: float) -> views.Measure:
-    if factor == 1.0:
-        return measure
-    squares = None if measure.sq_mean is None else factor**2 * measure.sq_mean
-    return views.Measure(factor * measure.mean, factor**2 * measure.var, squares, measure.count)
+    return outputs, {
+        name: views.union([measures[use] for use in found.kernels[name].uses]) for name in chosen
+    }
 
 
 def statistics(
@@ -313,14 +291,6 @@ def statistics(
             )
         result[name] = stats
     return result
-
-
-def idle_layer(name: str, params: Mapping[str, Any]) -> Layer:
-    """The layer of a kernel that no product takes, by Flax's convention."""
-    shape = tuple(jnp.shape(params[name]))
-    bias = f"{name.removesuffix(KERNEL)}bias" if is_named(name, KERNEL) else None
-    axes = tuple(range(-len(shape), -1))
-    return Layer(name, bias if bias in params else None, axes, kernel_shape=shape)
 
 
 def idle_statistics(layer: Layer) -> LayerStats:

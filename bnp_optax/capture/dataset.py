@@ -73,7 +73,7 @@ def _of_batch(
     names = [
         name
         for name, kernel in found.kernels.items()
-        if not any(use.innermost.depends for use, _ in kernel.uses)
+        if not any(use.innermost.depends for use in kernel.uses)
     ]
     if not names:
         msg = (

@@ -41,13 +41,18 @@ _LINEAR = {
 
 def without_derivatives(trace: Trace) -> list[Use]:
     """The uses of a trace that are layers' own, each row of inputs once."""
-    by_root: dict[int, list[Use]] = collections.defaultdict(list)
-    seen = set()
+    distinct: dict[Any, list[Use]] = {}
     for use in trace.uses:
-        same_rows = (use.root, use.rows, use.input_axes, use.product.positions)
-        if same_rows not in seen:
-            seen.add(same_rows)
-            by_root[use.root].append(use)
+        same_rows = distinct.setdefault((use.root, use.rows, use.input_axes), [])
+        # One product may hold several parts of a parameter.
+        if not same_rows or same_rows[0].product is use.product:
+            same_rows.append(use)
+        # The same rows may be held constant in one place and not in another.
+        elif use.live and not same_rows[0].live:
+            same_rows[:] = [use]
+    by_root: dict[int, list[Use]] = collections.defaultdict(list)
+    for same_rows in distinct.values():
+        by_root[same_rows[0].root] += same_rows
     if all(len(uses) == 1 for uses in by_root.values()):
         return [use for (use,) in by_root.values() if use.live]
     flow, kept = _Flow(trace), []

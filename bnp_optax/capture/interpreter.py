@@ -18,6 +18,7 @@ from jax.extend.core import primitives as prims
 from jax.sharding import PartitionSpec, Sharding
 
 from bnp_optax.capture import views
+from bnp_optax.capture.devices import dimension_axes
 from bnp_optax.capture.jaxprs import is_remat
 from bnp_optax.capture.moments import Weights
 from bnp_optax.capture.uses import Trace, Use
@@ -284,26 +285,15 @@ def _shard_map(
     found = []
     for use, measure in zip(inner, gathered, strict=True):
         spec = params["in_specs"][use.root]
-        varying = _varying_axes(use) if params["check_vma"] else None
-        copied = {
-            name: name in use.piece.gathered or (varying is not None and name not in varying)
-            for name in axes
-        }
+        copied = {n: n in use.piece.gathered or n not in use.varying for n in axes}
         along = {
             name: dimension
             for dimension, names in enumerate(spec)
-            for name in ((names,) if isinstance(names, str) else tuple(names or ()))
+            for name in dimension_axes(names)
             if dimension in use.stats_axes
         }
         found.append(_joined(measure, {name: sizes[name] for name in axes}, along, copied))
     return outs, found
-
-
-def _varying_axes(use: Use) -> frozenset[str]:
-    """The mesh axes over which the inputs of a product differ."""
-    aval = use.innermost.inputs.aval
-    manual = getattr(aval, "manual_axis_type", aval)
-    return frozenset(getattr(manual, "varying", getattr(manual, "vma", ())))
 
 
 def _joined(

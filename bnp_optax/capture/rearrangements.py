@@ -10,14 +10,6 @@ from bnp_optax.capture import views
 from bnp_optax.capture.jaxprs import is_identity
 from bnp_optax.capture.views import Shape, View
 
-# Sums over devices, which leave a product as it is, but for what it is a sum over.
-_SUMS = {"psum", "psum2", "psum_invariant"}
-
-
-def is_sum_over_devices(eqn: Any) -> bool:
-    """Whether each result of an equation is the sum of an operand over devices."""
-    return eqn.primitive.name in _SUMS
-
 
 def is_cast(eqn: Any) -> bool:
     """Whether an equation changes the floating-point type of real numbers and nothing else.
@@ -35,6 +27,8 @@ def rearranged(view: View, eqn: Any, definitions: dict[Any, Any]) -> View | None
     primitive, params = eqn.primitive, eqn.params
     shape: Shape = tuple(eqn.outvars[0].aval.shape)
     if is_identity(eqn):
+        return view
+    if primitive is prims.real_p:
         return view
     if primitive is prims.convert_element_type_p:
         return view if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact) else None

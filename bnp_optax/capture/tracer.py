@@ -14,6 +14,7 @@ data: what LayerNorm's scale multiplies are activations, even where they have it
 """
 
 import dataclasses
+import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,32 +24,38 @@ from jax.extend.core import Literal
 from jax.extend.core import primitives as prims
 
 from bnp_optax.capture import jaxprs, products, views
+from bnp_optax.capture.devices import (
+    different_along,
+    equal_along,
+    is_sum_over_devices,
+    mesh_axes,
+)
 from bnp_optax.capture.jaxprs import Liveness, Numbers, is_identity
 from bnp_optax.capture.moments import Options
 from bnp_optax.capture.products import Product
-from bnp_optax.capture.rearrangements import (
-    is_cast,
-    is_sum_over_devices,
-    rearranged,
-)
+from bnp_optax.capture.rearrangements import is_cast, rearranged
 from bnp_optax.capture.uses import (
     Bias,
+    Passed,
     Result,
     Trace,
     Use,
     add_bias,
+    add_biases_of_call,
     compose,
     inside,
     outside,
     outside_pairs,
+    outside_result,
     paired,
     paired_cuts,
 )
 from bnp_optax.capture.views import Piece, View
 
-# How a framework names the inputs of a layer; the second where it vouches for the product.
-MARK = "bnp_optax:"
-TRUSTED = "bnp_optax:product:"
+# How a framework names the inputs of a layer; the second where it vouches for the product. No
+# user's name is taken for one of these.
+MARK = f"bnp_optax:{uuid.uuid4().hex}:"
+TRUSTED = f"{MARK}product:"
 
 
 class Input(NamedTuple):
@@ -60,6 +67,8 @@ class Input(NamedTuple):
       data: Whether it depends on anything but parameters and constants.
       number: Of its value.
       mark: Whether it holds the named inputs of a layer, and whether these are trusted; or None.
+      result: Whether it is a result of products, and whether these are trusted; or None.
+      varying: In `shard_map`, the mesh axes along which devices hold different values.
     """
 
     tracked: bool
@@ -67,6 +76,8 @@ class Input(NamedTuple):
     data: bool
     number: int
     mark: bool | None = None
+    result: bool | None = None
+    varying: frozenset[str] = frozenset()
 
 
 class Mark(NamedTuple):
@@ -130,6 +141,9 @@ class _Tracer:
         self.dependent: set[Any] = set()
         self.data: set[Any] = set(jaxpr.constvars)
         self.definitions: dict[Any, Any] = {}
+        self.varying = {
+            var: known.varying for var, known in zip(jaxpr.invars, inputs, strict=True)
+        }
         self.is_live = True  # Whether a derivative reaches the equation at hand.
         for root, (var, known) in enumerate(zip(jaxpr.invars, inputs, strict=True)):
             if known.tracked:
@@ -140,6 +154,10 @@ class _Tracer:
                 self.data.add(var)
             if known.mark is not None:
                 self.marks[var] = Mark(var, known.mark)
+            if known.result is not None:
+                passed = self.trace.passed[root] = Passed(root, known.result)
+                axes = tuple(frozenset({axis}) for axis in range(len(var.aval.shape)))
+                self.results[var] = Result(((passed, axes),))
 
     def run(self) -> Trace:
         found = self.trace
@@ -148,12 +166,25 @@ class _Tracer:
             if eqn.outvars:
                 self.equation(index, eqn)
             self.definitions.update(dict.fromkeys(eqn.outvars, eqn))
+            self.vary(eqn)
             for facts in (self.dependent, self.data):
                 if any(not isinstance(atom, Literal) and atom in facts for atom in eqn.invars):
                     facts.update(eqn.outvars)
         found.out_views = [self.view(atom) for atom in found.jaxpr.outvars]
         found.out_results = [self.result(atom) for atom in found.jaxpr.outvars]
+        found.out_varying = [self.varies(atom) for atom in found.jaxpr.outvars]
         return found
+
+    def varies(self, atom: Any) -> frozenset[str]:
+        """The mesh axes along which devices hold different values of `atom`."""
+        return frozenset() if isinstance(atom, Literal) else self.varying.get(atom, frozenset())
+
+    def vary(self, eqn: Any) -> None:
+        """Along which mesh axes the results of an equation vary, unless a call has told."""
+        along = frozenset().union(*map(self.varies, eqn.invars))
+        along = along - equal_along(eqn) | different_along(eqn)
+        for out in eqn.outvars if along else ():
+            self.varying.setdefault(out, along)
 
     def view(self, atom: Any) -> View | None:
         return None if isinstance(atom, Literal) else self.views.get(atom)
@@ -163,6 +194,12 @@ class _Tracer:
 
     def is_dependent(self, atom: Any) -> bool:
         return not isinstance(atom, Literal) and atom in self.dependent
+
+    def is_mark(self, eqn: Any) -> bool:
+        """Whether an equation names inputs; names of parameters and products are the user's."""
+        if eqn.primitive is not prims.name_p or not eqn.params["name"].startswith(MARK):
+            return False
+        return self.view(eqn.invars[0]) is None and self.result(eqn.invars[0]) is None
 
     def is_data(self, atom: Any) -> bool:
         return not isinstance(atom, Literal) and atom in self.data
@@ -191,7 +228,7 @@ class _Tracer:
             self.lookup(index, eqn)
         elif name == "shard_map":
             self.shard_map(index, eqn)
-        elif primitive is prims.name_p and eqn.params["name"].startswith(MARK):
+        elif self.is_mark(eqn):
             out = eqn.outvars[0]
             self.marks[out] = Mark(out, eqn.params["name"].startswith(TRUSTED))
         elif is_identity(eqn) or is_sum_over_devices(eqn):
@@ -245,25 +282,32 @@ class _Tracer:
                     return
         for view in taken:
             self.note(view, primitive.name)
-            if primitive is prims.mul_p and self.is_matrix(view, eqn):
-                self.note(view, "mul with an array of its shape, such as a mask")
+            if primitive in (prims.mul_p, prims.div_p, prims.select_n_p) and self.is_masked(eqn):
+                self.note(view, "an array of its shape, such as a mask")
         data = [atom for atom in eqn.invars if self.is_data(atom) and self.view(atom) is None]
         same = [view for view in taken if view.shape == tuple(out.aval.shape)]
         # By a number a kernel may be divided, as by its norm; arrays of data are activations.
         if others or not same or not all(self.is_number(atom) for atom in data):
             self.follow_mark(eqn)
             return
-        pieces = tuple(piece for view in same for piece in view.pieces)
+        # A number is no kernel, but what scales or quantizes one.
+        pieces = tuple(piece for view in same for piece in view.pieces if any(piece.axes))
         altered = next((view.altered for view in same if view.altered), primitive.name)
         by_data = bool(data) or any(view.data for view in same)
         self.views[out] = View(same[0].shape, pieces, altered, data=by_data)
 
-    def is_matrix(self, view: View, eqn: Any) -> bool:
-        """Whether the operands are no copies along any axis, and have two axes or more."""
-        made = [self.definitions.get(atom) for atom in eqn.invars if not isinstance(atom, Literal)]
-        copied = any(e is not None and e.primitive is prims.broadcast_in_dim_p for e in made)
-        same = all(atom.aval.shape == view.shape for atom in eqn.invars)
-        return same and not copied and sum(size > 1 for size in view.shape) >= 2
+    def is_masked(self, eqn: Any) -> bool:
+        """Whether a view meets an array of its shape, of two axes or more, none of them copied."""
+        shape = eqn.outvars[0].aval.shape
+
+        def is_whole(atom: Any) -> bool:
+            made = None if isinstance(atom, Literal) else self.definitions.get(atom)
+            copied = made is not None and made.primitive is prims.broadcast_in_dim_p
+            return atom.aval.shape == shape and not copied
+
+        whole = [atom for atom in eqn.invars if is_whole(atom)]
+        n_views = sum(self.view(atom) is not None for atom in whole)
+        return 0 < n_views < len(whole) and sum(size > 1 for size in shape) >= 2
 
     def is_number(self, atom: Any) -> bool:
         """Whether all entries are copies of one number."""
@@ -277,7 +321,8 @@ class _Tracer:
         factor = self.factor(eqn)
         if factor is None or view.shape != tuple(eqn.outvars[0].aval.shape):
             return None
-        return dataclasses.replace(view, scale=view.scale * factor)
+        scale = view.scale * factor
+        return dataclasses.replace(view, scale=scale, scaled=eqn.primitive.name)
 
     def factor(self, eqn: Any) -> float | None:
         """The constant that an equation multiplies its one variable operand by."""
@@ -409,11 +454,11 @@ class _Tracer:
         if jnp.issubdtype(found.inputs.aval.dtype, jnp.complexfloating):
             self.note(view, "product with complex inputs")
             return
-        if len(found.summed) == len(view.shape) and not eqn.outvars[0].aval.shape:
+        n_axes = sum(len(axes) for piece in view.pieces for axes in piece.axes)
+        if len(found.summed) == len(view.shape) and not eqn.outvars[0].aval.shape and n_axes > 1:
             # No layer, but a sum over all entries, such as that of a penalty.
-            if sum(len(axes) for piece in view.pieces for axes in piece.axes) > 1:
-                self.note(view, "dot_general with an array of its shape")
-                return
+            self.note(view, "dot_general with an array of its shape")
+            return
         mark = None if isinstance(found.inputs, Literal) else self.marks.get(found.inputs)
         trusted = mark is not None and mark.trusted
         if view.altered and not trusted:
@@ -431,11 +476,13 @@ class _Tracer:
             use = Use(
                 piece=piece,
                 scale=view.scale,
+                scaled=view.scaled,
                 eqn=index,
                 branch=0,
                 inner=None,
                 product=found,
                 inputs=inputs,
+                varying=self.varies(inputs),
                 rows=(self.numbers.atom(self.env, inputs), kernel),
                 input_axes=input_axes,
                 stats_axes=piece.varying.union(*(piece.axes[axis] for axis in found.varying)),
@@ -473,9 +520,12 @@ class _Tracer:
         atoms: Sequence[Any],
         operands: Sequence[View | None],
         branch: int = 0,
-        follow_marks: bool = False,
+        results: Sequence[Result | None] | None = None,
     ) -> list[Input]:
-        """What is known of the inputs of a function called with `atoms`."""
+        """What is known of the inputs of a function called with `atoms`.
+
+        Marks and results are followed if `results` are given.
+        """
         read = [self.numbers.atom(self.env, atom) for atom in atoms]
         numbers = self.numbers.inside(eqn, read, branch)
         marks = [None if isinstance(a, Literal) else self.marks.get(a) for a in atoms]
@@ -485,9 +535,13 @@ class _Tracer:
                 depends=self.is_dependent(atom),
                 data=self.is_data(atom),
                 number=number,
-                mark=mark.trusted if mark and follow_marks else None,
+                varying=self.varies(atom),
+                mark=mark.trusted if mark and results is not None else None,
+                result=all(use.trusted for use, _ in result.entries) if result else None,
             )
-            for atom, view, number, mark in zip(atoms, operands, numbers, marks, strict=True)
+            for atom, view, number, mark, result in zip(
+                atoms, operands, numbers, marks, results or [None] * len(atoms), strict=True
+            )
         ]
 
     def enter(
@@ -564,6 +618,7 @@ class _Tracer:
                     inner,
                     piece=piece,
                     scale=inner.scale * view.scale,
+                    scaled=inner.scaled or view.scaled,
                     eqn=index,
                     branch=branch,
                     inner=inner,
@@ -579,31 +634,30 @@ class _Tracer:
     def call(self, index: int, eqn: Any) -> None:
         """`jit`, `checkpoint`, and functions with derivatives of their own."""
         operands = [self.view(atom) for atom in eqn.invars]
-        if not any(operands):
+        results = [self.result(atom) for atom in eqn.invars]
+        if not any(operands) and not any(results):
             self.follow_mark(eqn)
-            self.follow_trusted(eqn)
             return
         closed = jaxprs.called(eqn)
         if closed is None:
             for view in filter(None, operands):
                 self.note(view, eqn.primitive.name)
             return
-        found = self.enter(index, closed, self.inputs(eqn, eqn.invars, operands, 0, True))
+        found = self.enter(index, closed, self.inputs(eqn, eqn.invars, operands, 0, results))
         adopted = self.adopt(index, found, operands)
         self.lift(found, eqn, adopted)
+        self.varying.update(zip(eqn.outvars, found.out_varying, strict=True))
+        for root, passed in found.passed.items():
+            add_biases_of_call(passed, results[root], operands)
         self.follow_mark(eqn)
         self.follow_trusted(eqn)
         for out, view, result in zip(eqn.outvars, found.out_views, found.out_results, strict=True):
             if view is not None and (outer := compose(view, operands)) is not None:
                 self.views[out] = outer
             if result is not None:
-                entries = [
-                    (use, tuple(outside(axis, use.piece) for axis in axes))
-                    for inner, axes in result.entries
-                    for use in adopted.get(inner, [])
-                ]
-                if entries:
-                    self.results[out] = Result(tuple(entries), result.scale)
+                taken = {passed: results[root] for root, passed in found.passed.items()}
+                if (outer := outside_result(result, adopted, taken)) is not None:
+                    self.results[out] = outer
 
     def lift(self, found: Trace, eqn: Any, adopted: dict[Use, list[Use]]) -> None:
         """Measure inputs here that a layer got here, whatever the function made of them."""
@@ -613,7 +667,9 @@ class _Tracer:
                 continue
             atom = eqn.invars[roots[inner.inputs]] if inner.inputs in roots else None
             mark = self.marks.get(atom) if atom is not None else None
-            for use in uses if mark is not None and _fits(mark.var, atom, use.product) else ():
+            if mark is None or not _fits(mark.var, atom, inner.product):
+                continue
+            for use in uses:
                 use.inner, use.inputs = None, mark.var
                 steps = (*use.piece.steps, *inner.piece.steps)
                 use.piece = dataclasses.replace(use.piece, steps=steps)
@@ -653,8 +709,10 @@ class _Tracer:
     def shard_map(self, index: int, eqn: Any) -> None:
         operands = [self.view(atom) for atom in eqn.invars]
         if any(operands):
-            found = self.enter(index, eqn.params["jaxpr"], self.inputs(eqn, eqn.invars, operands))
-            self.adopt(index, found, operands)
+            inputs = self.inputs(eqn, eqn.invars, operands)
+            for i, spec in enumerate(eqn.params["in_specs"]):
+                inputs[i] = inputs[i]._replace(varying=inputs[i].varying | set(mesh_axes(spec)))
+            self.adopt(index, self.enter(index, eqn.params["jaxpr"], inputs), operands)
 
 
 def _fits(named: Any, inputs: Any, product: Product) -> bool:

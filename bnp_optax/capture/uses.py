@@ -35,6 +35,7 @@ class Use:
     Attributes:
       piece: The parameter, as an input of this jaxpr, and how statistics get to its layout.
       scale: What the parameter's entries are multiplied by before they meet the inputs.
+      scaled: The primitive that does so.
       eqn: Index of the equation that multiplies, or that calls what does.
       branch: Index of the branch of a `cond` that it is in, else 0.
       inner: The same use seen from inside of the call; None for a product of this jaxpr.
@@ -44,6 +45,7 @@ class Use:
       input_axes: Axes of the parameter that are summed over.
       stats_axes: Axes of the parameter along which the statistics vary.
       count: Batch size x positions x calls, as traced.
+      varying: In `shard_map`, the mesh axes along which devices hold different inputs.
       depends: Whether the inputs depend on parameters.
       constant: Whether they depend on nothing.
       live: Whether a derivative of the loss reaches the result.
@@ -56,11 +58,13 @@ class Use:
 
     piece: Piece
     scale: float
+    scaled: str | None
     eqn: int
     branch: int
     inner: "Use | None"
     product: Product
     inputs: Any
+    varying: frozenset[str]
     rows: tuple[int, int]
     input_axes: frozenset[int]
     stats_axes: frozenset[int]
@@ -93,8 +97,25 @@ class Result(NamedTuple):
       scale: What the products have been multiplied by since.
     """
 
-    entries: tuple[tuple[Use, Axes], ...]
+    entries: "tuple[tuple[Use | Passed, Axes], ...]"
     scale: float = 1.0
+
+
+@dataclasses.dataclass(eq=False)
+class Passed:
+    """A result of products as the function sees it that it is given to, axes as they are.
+
+    Attributes:
+      root: Its index among the function's inputs.
+      piece: Of no parameter.
+      trusted: Whether all the products are.
+      biases: Parameters that the function adds, paired with the result's axes.
+    """
+
+    root: int
+    trusted: bool
+    piece: Piece = dataclasses.field(default_factory=lambda: Piece(-1, ()))
+    biases: list[Bias] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -108,8 +129,10 @@ class Trace:
       calls: The same for the functions that it calls, by the equation's index.
       altered: For an input, what changed its values before a product took it.
       consumers: For an input, the equations that took it and are neither products nor views.
+      passed: For an input that is a result of products, that.
       out_views: The outputs that are views of inputs.
       out_results: The outputs that are results of products.
+      out_varying: For each output, the mesh axes along which it varies over devices.
     """
 
     jaxpr: Any
@@ -118,8 +141,10 @@ class Trace:
     calls: "dict[int, list[Trace]]" = dataclasses.field(default_factory=dict)
     altered: dict[int, dict[str, None]] = dataclasses.field(default_factory=dict)
     consumers: dict[int, dict[str, None]] = dataclasses.field(default_factory=dict)
+    passed: dict[int, Passed] = dataclasses.field(default_factory=dict)
     out_views: list[View | None] = dataclasses.field(default_factory=list)
     out_results: list[Result | None] = dataclasses.field(default_factory=list)
+    out_varying: list[frozenset[str]] = dataclasses.field(default_factory=list)
 
 
 def add_bias(result: Result, bias: View) -> None:
@@ -136,6 +161,42 @@ def add_bias(result: Result, bias: View) -> None:
             pairs.update(paired(ours, theirs))
         pairs |= paired_cuts(piece, use.piece)
         use.biases.append(Bias(piece.root, frozenset(pairs), bias.scale / result.scale))
+
+
+def add_biases_of_call(passed: Passed, result: Result, operands: Sequence[View | None]) -> None:
+    """Make the biases that a function adds to a result those of the products."""
+    for bias in passed.biases:
+        view = operands[bias.root]
+        if view is None or view.altered or len(view.pieces) != len(result.entries):
+            continue
+        for (use, axes), piece in zip(result.entries, view.pieces, strict=True):
+            pairs = frozenset(
+                pair
+                for ours, axis in bias.pairs
+                for pair in paired(piece.axes[ours], axes[axis] if axis >= 0 else frozenset({-1}))
+            )
+            pairs |= paired_cuts(piece, use.piece)
+            use.biases.append(Bias(piece.root, pairs, bias.scale * view.scale / result.scale))
+
+
+def outside_result(
+    result: Result, adopted: dict[Use, list[Use]], given: dict[Passed, Result]
+) -> Result | None:
+    """A result that a called function returns, as one of what calls it."""
+    entries, scale = [], result.scale
+    for use, axes in result.entries:
+        if isinstance(use, Passed):
+            outer = given[use]
+            scale *= outer.scale
+            entries += [
+                (of, tuple(frozenset().union(*(theirs[i] for i in axis)) for axis in axes))
+                for of, theirs in outer.entries
+            ]
+        else:
+            entries += [
+                (of, tuple(outside(axis, of.piece) for axis in axes)) for of in adopted.get(use, [])
+            ]
+    return Result(tuple(entries), scale) if entries else None
 
 
 def paired(ours: frozenset[int], theirs: frozenset[int]) -> list[tuple[int, int]]:
@@ -197,7 +258,8 @@ def compose(view: View, operands: Sequence[View | None]) -> View | None:
     if len(scales) != 1:
         return None
     data = view.data or any(outer.data for p in view.pieces if (outer := operands[p.root]))
-    return View(view.shape, tuple(pieces), altered, scale * scales.pop(), data)
+    scaled = view.scaled or next((o.scaled for o in operands if o is not None and o.scaled), None)
+    return View(view.shape, tuple(pieces), altered, scale * scales.pop(), scaled, data)
 
 
 def inside(piece: Piece, scanned: bool) -> Piece:

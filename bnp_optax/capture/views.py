@@ -84,15 +84,19 @@ class View:
       pieces: One for each parameter.
       altered: What changed the values on the way, if anything did.
       scale: The number that the entries were multiplied by on the way.
+      scaled: What multiplied them, if anything did.
       data: Whether numbers that depend on data were among what changed the values. Then it may
         be a kernel divided by its norm, or as well an activation.
+      before: The view that this one is a reshape of, if it is one.
     """
 
     shape: Shape
     pieces: tuple[Piece, ...]
     altered: str | None = None
     scale: float = 1.0
+    scaled: str | None = None
     data: bool = False
+    before: "View | None" = None
 
     def is_filled(self, axis: int) -> bool:
         """Whether entries along `axis` are copies of one another."""
@@ -113,7 +117,7 @@ def _through(
         )
         for piece in view.pieces
     )
-    return dataclasses.replace(view, shape=shape, pieces=pieces)
+    return dataclasses.replace(view, shape=shape, pieces=pieces, before=None)
 
 
 def transpose(view: View, permutation: tuple[int, ...]) -> View:
@@ -157,6 +161,8 @@ def reshape(view: View, shape: Shape) -> View:
     """The entries in another shape."""
     if 0 in view.shape:
         return dataclasses.replace(view, shape=shape, pieces=())
+    if view.before is not None and view.before.shape == shape:
+        return view.before
     old = view.shape
     parts = groups(old, shape)
 
@@ -179,7 +185,8 @@ def reshape(view: View, shape: Shape) -> View:
                     full[j] = shape[j]
         return jnp.broadcast_to(x, full).reshape(final)
 
-    return _through(view, shape, axes_of, lambda measure, _: measure.map(back))
+    new = _through(view, shape, axes_of, lambda measure, _: measure.map(back))
+    return dataclasses.replace(new, before=view)
 
 
 def broadcast(view: View, shape: Shape, dimensions: tuple[int, ...]) -> View:
@@ -194,7 +201,7 @@ def broadcast(view: View, shape: Shape, dimensions: tuple[int, ...]) -> View:
 
     def axes_of(axes: Axes) -> Axes:
         return tuple(
-            axes[dimensions.index(axis)] if axis in dimensions else frozenset()
+            frozenset() if axis in copied else axes[dimensions.index(axis)]
             for axis in range(len(shape))
         )
 
@@ -306,7 +313,8 @@ def concatenate(operands: list[View], axis: int) -> View | None:
     joined[axis] = offset
     altered = next((view.altered for view in operands if view.altered), None)
     data = any(view.data for view in operands)
-    return View(tuple(joined), tuple(pieces), altered, operands[0].scale, data)
+    first = operands[0]
+    return View(tuple(joined), tuple(pieces), altered, first.scale, first.scaled, data)
 
 
 def gather(view: View, shape: Shape, mesh_axis: str, axis: int, tiled: bool) -> View:

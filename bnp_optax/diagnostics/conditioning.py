@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from bnp_optax._tree import quoted
 from bnp_optax.diagnostics.checks import check_matrix, is_concrete
+from bnp_optax.layers import Layers
 from bnp_optax.preconditioners.bnp_operator import Scaling, bnp_states, over_inputs, scalings
-from bnp_optax.preconditioners.layout import Layers
 
 
 def condition_number(matrix: ArrayLike, *, symmetric: bool = False) -> float | Float[Array, ""]:

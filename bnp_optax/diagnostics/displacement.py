@@ -10,8 +10,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from bnp_optax._tree import KERNEL, named_leaves, quoted, replace_leaves
+from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.base import Operator
-from bnp_optax.preconditioners.layout import Layers, bias_axes, check_layers, layers_of
+from bnp_optax.preconditioners.layout import bias_axes, layers_of
 from bnp_optax.statistics import Layer
 
 

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bnp_optax._tree import named_leaves
-from bnp_optax.capture.layer import split_arrays
+from bnp_optax._tree import named_leaves, split_arrays
 from bnp_optax.diagnostics.checks import operator_of
 from bnp_optax.diagnostics.displacement import (
     displaced,
@@ -17,8 +16,8 @@ from bnp_optax.diagnostics.displacement import (
     promoted,
     unit_coordinates,
 )
+from bnp_optax.layers import Layers
 from bnp_optax.preconditioners.base import Operator, Preconditioner
-from bnp_optax.preconditioners.layout import Layers
 from bnp_optax.statistics import Layer
 
 # Rows that are found at once: each takes as much memory as the forward pass.

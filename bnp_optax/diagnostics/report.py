@@ -12,9 +12,9 @@ from bnp_optax.diagnostics.conditioning import condition_number, conditioning
 from bnp_optax.diagnostics.displacement import find_layers, unit_coordinates
 from bnp_optax.diagnostics.hessian import hessians_of_units
 from bnp_optax.diagnostics.lanczos import extremes
+from bnp_optax.layers import Layers
 from bnp_optax.preconditioners.base import Operator, Preconditioner
 from bnp_optax.preconditioners.bnp_operator import bnp_states, scalings
-from bnp_optax.preconditioners.layout import Layers
 from bnp_optax.statistics import Layer
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from jaxtyping import Array, Bool, Int
 
 from bnp_optax._checks import check_choice, check_fraction, check_non_negative, check_positive
 from bnp_optax._tree import named_leaves, quoted, replace_leaves
+from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.base import Preconditioner
 from bnp_optax.preconditioners.bnp_operator import BNPOperator, BNPState
-from bnp_optax.preconditioners.layout import Layers, check_layers, layers_of
+from bnp_optax.preconditioners.layout import layers_of
 from bnp_optax.preconditioners.matching import LEFT_OUT, match_statistics
 from bnp_optax.statistics import Layer, LayerStats
 

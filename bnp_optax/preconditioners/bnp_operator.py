@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bnp_optax._tree import named_leaves, replace_leaves
+from bnp_optax.layers import Layers
 from bnp_optax.preconditioners import centering
 from bnp_optax.preconditioners.base import Operator
-from bnp_optax.preconditioners.layout import Layers, layers_of
+from bnp_optax.preconditioners.layout import layers_of
 
 
 class BNPState(NamedTuple):

@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from bnp_optax._tree import KERNEL, absent, is_named, named_leaves, quoted
-from bnp_optax.preconditioners.layout import Layers, bias_axes, layers_of, placed
+from bnp_optax.layers import Layers
+from bnp_optax.preconditioners.layout import bias_axes, layers_of, placed
 from bnp_optax.statistics import Layer, LayerStats
 
 LEFT_OUT = object()

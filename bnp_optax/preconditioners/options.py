@@ -6,8 +6,8 @@ from typing import Any, TypedDict, TypeVar
 
 from jax.typing import ArrayLike
 
+from bnp_optax.layers import Layers
 from bnp_optax.preconditioners.bnp import Variance, bnp
-from bnp_optax.preconditioners.layout import Layers
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
