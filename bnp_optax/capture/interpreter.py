@@ -311,13 +311,9 @@ def _joined(
     measure = measure.map(lambda x: x.reshape(*sizes.values(), *x.shape[1:]))
     position = {name: i for i, name in enumerate(sizes)}
     for name, axis in reversed(along.items()):
-        merge = functools.partial(_merged, source=position[name], axis=n_axes + axis)
-        whole = measure.map(merge)
-        if measure.count.shape[n_axes + axis] == 1:
-            # The shards meet entries of the same rows.
-            first = jax.lax.slice_in_dim(measure.count, 0, 1, axis=position[name])
-            whole = dataclasses.replace(whole, count=first)
-        measure = whole
+        size = measure.mean.shape[n_axes + axis]
+        merge = functools.partial(_merged, source=position[name], axis=n_axes + axis, size=size)
+        measure = measure.map(merge)
     # Rows that several devices have measured count once.
     copies = math.prod(n for name, n in sizes.items() if copied[name] and name not in along)
     measure = views.average(measure, tuple(range(n_axes)))
@@ -325,8 +321,9 @@ def _joined(
     return dataclasses.replace(measure, count=measure.count / copies)
 
 
-def _merged(x: jax.Array, source: int, axis: int) -> jax.Array:
-    """Shards side by side: the axis `source`, which keeps its place with size 1, within `axis`."""
+def _merged(x: jax.Array, source: int, axis: int, size: int) -> jax.Array:
+    """Shards side by side, each of `size`: the axis `source`, which stays with size 1, in `axis`."""
+    x = jnp.broadcast_to(x, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
     moved = jnp.moveaxis(x, source, axis - 1)
     merged = moved.reshape(*moved.shape[: axis - 1], -1, *moved.shape[axis + 1 :])
     return jnp.expand_dims(merged, source)

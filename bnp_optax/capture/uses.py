@@ -149,9 +149,9 @@ class Trace:
 
 def add_bias(result: Result, bias: View) -> None:
     """Note that a view is added to the result of a product."""
-    if bias.altered or len(bias.pieces) != len(result.entries):
+    if bias.altered or not _fit(bias, result):
         return
-    for (use, axes), piece in zip(result.entries, bias.pieces, strict=True):
+    for (use, axes), piece in _matched(result, bias):
         pairs: set[tuple[int, int]] = set()
         # A scalar is added without axes of its own.
         along = zip(piece.axes, axes if piece.axes else (), strict=True)
@@ -163,13 +163,24 @@ def add_bias(result: Result, bias: View) -> None:
         use.biases.append(Bias(piece.root, frozenset(pairs), bias.scale / result.scale))
 
 
+def _fit(bias: View, result: Result) -> bool:
+    """Whether each product of a result has a part of the bias, or all have the whole."""
+    n_parameters = len({use.piece.root for use, _ in result.entries})
+    return len(bias.pieces) == len(result.entries) or len(bias.pieces) == n_parameters == 1
+
+
+def _matched(result: Result, bias: View) -> Any:
+    pieces = bias.pieces * (len(result.entries) if len(bias.pieces) == 1 else 1)
+    return zip(result.entries, pieces, strict=True)
+
+
 def add_biases_of_call(passed: Passed, result: Result, operands: Sequence[View | None]) -> None:
     """Make the biases that a function adds to a result those of the products."""
     for bias in passed.biases:
         view = operands[bias.root]
-        if view is None or view.altered or len(view.pieces) != len(result.entries):
+        if view is None or view.altered or not _fit(view, result):
             continue
-        for (use, axes), piece in zip(result.entries, view.pieces, strict=True):
+        for (use, axes), piece in _matched(result, view):
             pairs = frozenset(
                 pair
                 for ours, axis in bias.pairs
