@@ -152,8 +152,7 @@ def test_training_with_patch_statistics():
 # --- sample_rows
 
 
-@pytest.mark.parametrize("engine", ["linen", "jaxpr"])
-def test_a_sample_of_rows_is_spread_over_the_batch_and_the_sequence(engine):
+def test_a_sample_of_rows_is_spread_over_the_batch_and_the_sequence():
     x = jnp.stack(jnp.meshgrid(jnp.arange(8.0), jnp.arange(16.0), indexing="ij"), -1)
     model = nn.Dense(3)
     params = model.init(KEY, x)["params"]
@@ -332,7 +331,7 @@ def test_an_embedding_is_a_layer_of_one_hot_inputs():
         np.testing.assert_allclose(got[name].mean, expected[name].mean, rtol=1e-5)
         np.testing.assert_allclose(got[name].var, expected[name].var, rtol=1e-5, atol=1e-7)
         assert got[name].count == expected[name].count
-        assert got[name].input_axes == expected[name].input_axes
+        assert got[name].layer.input_axes == expected[name].layer.input_axes
     assert "table" not in bnp_optax.value_and_grad(loss_fn)(params, ids)[2]
 
 
@@ -425,12 +424,6 @@ def test_data_sets_that_tell_nothing():
         ({"conv_statistics": "pixel"}, "`conv_statistics` must be one of 'channel', 'patch'"),
         ({"sample_rows": 0}, "`sample_rows` must be an integer > 0 or None, got 0"),
         ({"sample_rows": 2.5}, "`sample_rows` must be an integer > 0 or None, got 2.5"),
-        (
-            {"capture": "linen", "conv_statistics": "patch"},
-            "`conv_statistics='patch'` needs `capture='jaxpr'`",
-        ),
-        ({"capture": "linen", "embeddings": True}, "`embeddings=True` needs `capture='jaxpr'`"),
-        ({"capture": "linen", "weights": len}, "`weights` needs `capture='jaxpr'`"),
     ],
 )
 def test_options_out_of_range(options, message):

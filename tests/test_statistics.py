@@ -361,6 +361,7 @@ def test_statistics_pass_through_jax_transformations_with_their_names():
     assert len(leaves) == 4
     through = jax.jit(lambda s: jax.tree.map(lambda leaf: 2 * leaf, s))(stats)
     assert jax.tree.structure(through) == treedef
-    names = ("kernel", "bias", "input_axes", "positions")
-    assert [getattr(through, n) for n in names] == [getattr(stats, n) for n in names]
+    assert through.layer == stats.layer
+    assert (stats.layer.kernel, stats.layer.bias, stats.layer.positions) == ("kernel", "bias", 16)
+    assert stats.layer.input_axes == (-4, -3, -2)
     np.testing.assert_array_equal(through.mean, 2 * stats.mean)

@@ -1,4 +1,4 @@
-"""The jaxpr engine: what it follows, what it leaves as it was, and what it says it cannot do."""
+"""Functions of arrays: what is followed, what is left as it was, and what is said not to be."""
 
 import functools
 
@@ -332,17 +332,27 @@ def test_why_a_parameter_is_not_covered(name):
     assert reason in why_not(loss_fn)
 
 
+@jax.custom_vjp
+def three_steps(x, w):
+    return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ w), (0, x))[1]
+
+
+def three_steps_by_hand(x, w):
+    return x @ w @ w @ w
+
+
+three_steps.defvjp(
+    lambda x, w: (three_steps(x, w), (x, w)),
+    lambda residuals, g: jax.vjp(three_steps_by_hand, *residuals)[1](g),
+)
+
+
 def test_a_loop_that_is_not_followed_is_named():
     def loss_fn(p, x):
-        limit = jnp.where(x[0, 0] > 0, 3, 2)
-        w = lax.stop_gradient(p["w"])
-        square = w @ lax.stop_gradient(p["v"])
-        steps = lax.while_loop(
-            lambda c: c[0] < limit, lambda c: (c[0] + 1, c[1] @ w[:, :3]), (0, x)
-        )
-        return jnp.sum(steps[1]) + jnp.sum(x @ p["v"].T) + jnp.sum(square)
+        return jnp.sum(three_steps(x, p["w"][:, :3]) ** 2) + jnp.sum(x @ p["v"].T)
 
-    assert "`while`" in why_not(loss_fn)
+    assert "used in a `while_loop`, whose steps cannot be measured" in why_not(loss_fn)
+    check(capture(loss_fn, PARAMS, X)["v"], X)
 
 
 def test_layers_that_cannot_be_captured_are_refused_by_name():
