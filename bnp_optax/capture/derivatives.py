@@ -132,7 +132,7 @@ class _Flow:
         products: dict[int, list[Use]] = collections.defaultdict(list)
         for use in trace.uses if trace is not None else ():
             # A product may be measured at the call that holds it, but multiplies inside.
-            if use.inner is None and use.eqn not in trace.calls:
+            if use.inner is None and trace is not None and use.eqn not in trace.calls:
                 products[use.eqn].append(use)
         zeros: set[Any] = set()  # Taylor coefficients of what is constant, for example.
         for index, eqn in enumerate(jaxpr.eqns):
