@@ -35,7 +35,7 @@ _LINEAR = {
     *("convert_element_type", "dynamic_slice", "gather", "concatenate", "pad", "cumsum", "copy"),
     *("select_n", "name", "reduce_precision", "real", "imag", "optimization_barrier", "pvary"),
     *("pcast", "reshard", "sharding_constraint", "psum", "psum_invariant", "all_gather"),
-    *("dynamic_update_slice", "scatter-add", "split", "stack", "tile"),
+    *("dynamic_update_slice", "scatter-add", "split", "stack", "unstack", "tile"),
 }
 
 

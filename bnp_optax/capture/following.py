@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.extend.core import primitives as prims
 
-from bnp_optax.capture import views
 from bnp_optax.capture.devices import is_sum_over_devices
 from bnp_optax.capture.facts import Facts, Mark
 from bnp_optax.capture.jaxprs import is_identity
-from bnp_optax.capture.rearrangements import rearranged
+from bnp_optax.capture.rearrangements import joined, parts, rearranged
 from bnp_optax.capture.uses import Result, add_bias
 from bnp_optax.capture.views import Piece, View
 
@@ -47,11 +46,11 @@ class Following(Facts):
         """An equation that takes views and is neither a product nor a call."""
         (out, *others), primitive = eqn.outvars, eqn.primitive
         taken = [view for atom in eqn.invars if (view := self.view(atom)) is not None]
-        new = None
-        if primitive is prims.concatenate_p:
-            if len(taken) == len(eqn.invars):
-                new = views.concatenate(taken, eqn.params["dimension"])
-        elif (first := self.view(eqn.invars[0])) is not None:
+        new = joined(taken, eqn) if len(taken) == len(eqn.invars) else None
+        if new is None and (first := self.view(eqn.invars[0])) is not None:
+            if (taken_apart := parts(first, eqn)) is not None:
+                self.views.update(zip(eqn.outvars, taken_apart, strict=True))
+                return
             new = rearranged(first, eqn, self.definitions)
         if new is None and len(taken) == 1:
             new = self.scaled(taken[0], eqn)
