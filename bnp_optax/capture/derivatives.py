@@ -71,11 +71,12 @@ def without_derivatives(trace: Trace) -> list[Use]:
 def _derived(kernels: Sequence[Sequence[Use]], flow: "_Flow") -> set[Product]:
     """The products that are of derivatives."""
     derived = set(flow.transposed)
-    groups = [
-        [use for use in uses if use.input_axes == axes]
-        for uses in kernels
-        for axes in dict.fromkeys(use.input_axes for use in uses)
-    ]
+    # By kernel, or by the part of it that is one: fused kernels are several.
+    by_kernel: dict[Any, list[Use]] = collections.defaultdict(list)
+    for uses in kernels:
+        for use in uses:
+            by_kernel[use.root, use.input_axes, use.rows[1]].append(use)
+    groups = list(by_kernel.values())
 
     sorted_groups: set[int] = set()
 

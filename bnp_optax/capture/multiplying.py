@@ -75,7 +75,8 @@ class Multiplying(Following):
             self.alter(view, view.altered)
             return
         inputs = self.measured(found, mark)
-        kernel = self.numbers.of(*(self.numbers.atom(self.env, atom) for atom in eqn.invars[:2]))
+        left, right = eqn.invars[:2]
+        kernel = self.numbers.atom(self.env, left if right is found.inputs else right)
         view, entries = found.view, []
         for piece in view.pieces:
             input_axes = frozenset().union(*(piece.axes[axis] for axis in found.summed))
