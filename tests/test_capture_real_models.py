@@ -156,8 +156,11 @@ def test_each_kernel_is_covered_or_has_a_reason(name, batch):
     biases = {layer.bias for layer in found.layers.values()}
     listed = set(found.shapes) | biases
     for kernel, shape in named_shapes(model.params).items():
-        assert kernel in listed or len(shape) < 2 or kernel.endswith("bias") or (
-            NO_KERNEL.search(kernel)
+        assert (
+            kernel in listed
+            or len(shape) < 2
+            or kernel.endswith("bias")
+            or (NO_KERNEL.search(kernel))
         ), kernel
     assert not any(NO_KERNEL.search(kernel) for kernel in found.shapes)
     if case.exact:

@@ -14,9 +14,10 @@ import numpy as np
 from bnp_optax._tree import named_leaves, split_arrays
 from bnp_optax.capture import interpreter, views
 from bnp_optax.capture.derivatives import without_derivatives
+from bnp_optax.capture.facts import Context, Input
 from bnp_optax.capture.jaxprs import Liveness, Numbers
 from bnp_optax.capture.moments import Options, Weights
-from bnp_optax.capture.tracer import Context, Input, trace
+from bnp_optax.capture.tracer import trace
 from bnp_optax.capture.uses import Trace, Use
 from bnp_optax.statistics import Layer, LayerStats, Shape
 
@@ -276,9 +277,7 @@ def measure(
     }
 
 
-def statistics(
-    found: Covered, measures: Mapping[str, views.Measure]
-) -> dict[str, LayerStats]:
+def statistics(found: Covered, measures: Mapping[str, views.Measure]) -> dict[str, LayerStats]:
     """Measurements as the statistics of layers."""
     result = {}
     for name, measure in measures.items():

@@ -35,7 +35,7 @@ _LINEAR = {
     *("convert_element_type", "dynamic_slice", "gather", "concatenate", "pad", "cumsum", "copy"),
     *("select_n", "name", "reduce_precision", "real", "imag", "optimization_barrier", "pvary"),
     *("pcast", "reshard", "sharding_constraint", "psum", "psum_invariant", "all_gather"),
-    *("dynamic_update_slice", "scatter-add", "split", "stack", "tile"),
+    *("dynamic_update_slice", "scatter-add", "split", "stack", "unstack", "tile"),
 }
 
 
@@ -71,11 +71,12 @@ def without_derivatives(trace: Trace) -> list[Use]:
 def _derived(kernels: Sequence[Sequence[Use]], flow: "_Flow") -> set[Product]:
     """The products that are of derivatives."""
     derived = set(flow.transposed)
-    groups = [
-        [use for use in uses if use.input_axes == axes]
-        for uses in kernels
-        for axes in dict.fromkeys(use.input_axes for use in uses)
-    ]
+    # By kernel, or by the part of it that is one: fused kernels are several.
+    by_kernel: dict[Any, list[Use]] = collections.defaultdict(list)
+    for uses in kernels:
+        for use in uses:
+            by_kernel[use.root, use.input_axes, use.rows[1]].append(use)
+    groups = list(by_kernel.values())
 
     sorted_groups: set[int] = set()
 
@@ -132,7 +133,7 @@ class _Flow:
         products: dict[int, list[Use]] = collections.defaultdict(list)
         for use in trace.uses if trace is not None else ():
             # A product may be measured at the call that holds it, but multiplies inside.
-            if use.inner is None and use.eqn not in trace.calls:
+            if use.inner is None and trace is not None and use.eqn not in trace.calls:
                 products[use.eqn].append(use)
         zeros: set[Any] = set()  # Taylor coefficients of what is constant, for example.
         for index, eqn in enumerate(jaxpr.eqns):

@@ -322,7 +322,7 @@ def _joined(
 
 
 def _merged(x: jax.Array, source: int, axis: int, size: int) -> jax.Array:
-    """Shards side by side, each of `size`: the axis `source`, which stays with size 1, in `axis`."""
+    """Shards of `size` side by side: the axis `source`, which stays with size 1, in `axis`."""
     x = jnp.broadcast_to(x, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
     moved = jnp.moveaxis(x, source, axis - 1)
     merged = moved.reshape(*moved.shape[: axis - 1], -1, *moved.shape[axis + 1 :])

@@ -108,9 +108,7 @@ class Liveness:
         self._live.update(
             atom
             for atom, flag in zip(atoms, live, strict=True)
-            if flag
-            and not isinstance(atom, Literal)
-            and not (self._strict and _is_integer(atom))
+            if flag and not isinstance(atom, Literal) and not (self._strict and _is_integer(atom))
         )
 
     def _equation(self, index: int, eqn: Any, live: list[bool]) -> list[bool]:
@@ -119,9 +117,10 @@ class Liveness:
         if self._strict and name in FLAT:
             return [False] * len(every)
         if is_call(eqn) and (inner := called(eqn)) is not None:
-            custom = name in CUSTOM
-            found = self._enter(index, inner, [any(live)] * len(live) if custom else live, not custom)
-            return every if custom else found
+            if name not in CUSTOM:
+                return self._enter(index, inner, live)
+            self._enter(index, inner, [any(live)] * len(live), strict=False)
+            return every
         if name == "shard_map":
             return self._enter(index, eqn.params["jaxpr"], live)
         if eqn.primitive is prims.cond_p:
@@ -235,7 +234,8 @@ class Numbers:
         init = read[n_consts : n_consts + n_carry]
         # Backwards, the steps see the same slices, and those of a stack are what was stacked.
         slices = [
-            self._stacks.get(number, self.of("slice", number)) for number in read[n_consts + n_carry :]
+            self._stacks.get(number, self.of("slice", number))
+            for number in read[n_consts + n_carry :]
         ]
         # What is carried is what the body makes of it, from its start on.
         carry = [self.of("carried from", number) for number in init]

@@ -1,9 +1,10 @@
 """Names for what a product does not show of a Linen layer: its inputs as the layer got them.
 
 The interpreter finds every product of inputs with a kernel by itself. Linen knows more: which
-inputs are a layer's own, and not those of a derivative in the loss; what they were before a circular
-or causal convolution padded them; and that a quantized kernel is one all the same. An interceptor
-names the inputs of Linen's own layers, by an identity that leaves values and derivatives alone.
+inputs are a layer's own, and not those of a derivative in the loss; what they were before a
+circular or causal convolution padded them; and that a quantized kernel is one all the same. An
+interceptor names the inputs of Linen's own layers, by an identity that leaves values and
+derivatives alone.
 """
 
 import contextlib

@@ -58,6 +58,33 @@ def rearranged(view: View, eqn: Any, definitions: dict[Any, Any]) -> View | None
     return None
 
 
+def joined(taken: list[View], eqn: Any) -> View | None:
+    """The view that an equation makes of several, or None if it does not put them side by side."""
+    if eqn.primitive is prims.concatenate_p:
+        return views.concatenate(taken, eqn.params["dimension"])
+    if eqn.primitive.name == "stack":
+        axis = eqn.params["axis"]
+        layers = [views.reshape(v, (*v.shape[:axis], 1, *v.shape[axis:])) for v in taken]
+        return views.concatenate(layers, axis)
+    return None
+
+
+def parts(view: View, eqn: Any) -> list[View] | None:
+    """The views that an equation takes a view apart into, or None if it does not."""
+    name, axis = eqn.primitive.name, eqn.params.get("axis", 0)
+    if name not in {"split", "unstack"}:
+        return None
+    sizes = eqn.params.get("sizes", (1,) * view.shape[axis])
+    result, start = [], [0] * len(view.shape)
+    for size in sizes:
+        shape = tuple(size if i == axis else n for i, n in enumerate(view.shape))
+        at = tuple(start)
+        part = views.sliced(view, shape, lambda _, at=at: at, (1,) * len(shape), at)
+        result.append(part if name == "split" else views.squeeze(part, (axis,)))
+        start[axis] += size
+    return result
+
+
 def _place(atom: Any, definitions: dict[Any, Any], depth: int = 4) -> Any:
     """A name for an index, the same for indices that are computed alike in a few operations."""
     if isinstance(atom, Literal):

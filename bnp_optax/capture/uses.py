@@ -41,7 +41,7 @@ class Use:
       inner: The same use seen from inside of the call; None for a product of this jaxpr.
       product: What multiplies.
       inputs: The variable of the innermost jaxpr that is measured.
-      rows: Numbers of its value and of the kernel's: equal for the same rows once more.
+      rows: Numbers of the inputs' value and of the kernel's: equal for the same rows once more.
       input_axes: Axes of the parameter that are summed over.
       stats_axes: Axes of the parameter along which the statistics vary.
       count: Batch size x positions x calls, as traced.
