@@ -145,7 +145,7 @@ def value_and_grad(
       >>> loss_fn = lambda p, x: jnp.mean((jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"]) ** 2)
       >>> params = {"w1": jnp.ones((3, 2)), "b1": jnp.zeros(2), "w2": jnp.ones((2, 1))}
       >>> loss, grads, stats = jax.jit(bnp_optax.value_and_grad(loss_fn))(params, x)
-      >>> {name: (s.bias, s.mean.shape) for name, s in stats.items()}
+      >>> {name: (s.layer.bias, s.mean.shape) for name, s in stats.items()}
       {'w1': ('b1', (3, 1)), 'w2': (None, (2, 1))}
     """
     options = options_of(conv_statistics, sample_rows, embeddings)
