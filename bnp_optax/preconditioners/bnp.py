@@ -1,10 +1,12 @@
 """Batch normalization preconditioning (Lange, Helfrich, Ye, JMLR 2022, Algorithms 2 and 3)."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
@@ -12,6 +14,7 @@ from jaxtyping import Array, Bool, Int
 from bnp_optax._checks import check_choice, check_fraction, check_non_negative, check_positive
 from bnp_optax._tree import named_leaves, quoted, replace_leaves
 from bnp_optax.layers import Layers, check_layers
+from bnp_optax.preconditioners.alike import at_once
 from bnp_optax.preconditioners.base import Preconditioner
 from bnp_optax.preconditioners.bnp_operator import BNPOperator, BNPState
 from bnp_optax.preconditioners.layout import layers_of
@@ -19,6 +22,8 @@ from bnp_optax.preconditioners.matching import LEFT_OUT, match_statistics
 from bnp_optax.statistics import Layer, LayerStats
 
 Variance = Literal["auto", "batch", "running"]
+
+_ANY_LAYER = Layer("", None, ())
 
 
 def bnp(
@@ -154,11 +159,26 @@ def bnp(
         new_mean = (1.0 - rate) * mean + rate * stats.mean
         return new_mean, (1.0 - rate) * var + rate * batch
 
-    def q_of(layer: Layer, stats: LayerStats) -> Array:
+    def refreshed(arrays: Any, seen: Int[Array, ""]) -> tuple[Any, Any]:
+        """One layer's running statistics after a batch, and what became of the batch."""
+        mean, var, stats = arrays
+        new_mean, new_var = running(mean, var, seen, stats)
+        valid = _is_valid(stats, new_mean, new_var)
+        accept = valid & (stats.count > 0.0)
+        new = jax.tree.map(
+            lambda new, old: jnp.where(accept, new, old).astype(jnp.float32),
+            (new_mean, new_var),
+            (mean, var),
+        )
+        return new, (accept, ~valid & (stats.count != 0.0), stats.count)
+
+    def q_of(fan_in: list[int], positions: list[int], counts: Array) -> Array:
+        """q of all layers."""
         if not scale:
-            return jnp.ones(())
-        n = stats.batch_size if batch_size is None else batch_size
-        return jnp.sqrt(jnp.maximum(layer.fan_in / n, stats.layer.positions**0.5))
+            return jnp.ones_like(counts)
+        n = counts / np.array(positions, np.float32) if batch_size is None else batch_size
+        lowest = np.sqrt(positions).astype(np.float32)
+        return jnp.sqrt(jnp.maximum(np.array(fan_in, np.float32) / n, lowest))
 
     def update(
         grads: Any,
@@ -174,28 +194,27 @@ def bnp(
             return state
         means, variances = named_leaves(state.mean), named_leaves(state.var)
         _check_same_layers(matched, variances)
-        new_means, new_variances, accepted, rejected = {}, {}, [], []
-        for i, (name, (_, stats)) in enumerate(matched.items()):
+        arrays = []
+        for name, (_, stats) in matched.items():
             stats = jax.lax.stop_gradient(stats)
-            var = _widened(variances[name], stats)
             mean = _widened(means[name], stats) if name in means else None
-            new_mean, new_var = running(mean, var, state.seen[i], stats)
-            valid = _is_valid(stats, new_mean, new_var)
-            accept = valid & (stats.count > 0.0)
-            new_variances[name] = jnp.where(accept, new_var, var).astype(jnp.float32)
-            if mean is not None and new_mean is not None:
-                new_means[name] = jnp.where(accept, new_mean, mean).astype(jnp.float32)
-            accepted.append(accept)
-            rejected.append(~valid & (stats.count != 0.0))
-        accept = jnp.stack(accepted)
-        q = jnp.stack([jnp.asarray(q_of(*pair), jnp.float32) for pair in matched.values()])
+            # Two layers' statistics can be stacked once they do not say whose they are.
+            anyones = dataclasses.replace(stats, layer=_ANY_LAYER)
+            arrays.append((mean, _widened(variances[name], stats), anyones))
+        new, (accept, rejected, counts) = at_once(refreshed, arrays, state.seen)
+        new_means, new_variances = (dict(zip(matched, x, strict=True)) for x in zip(*new, strict=True))
+        q = q_of(
+            [layer.fan_in for layer, _ in matched.values()],
+            [stats.layer.positions for _, stats in matched.values()],
+            counts,
+        )
         return BNPState(
-            mean=replace_leaves(state.mean, new_means),
+            mean=replace_leaves(state.mean, {name: new_means[name] for name in means}),
             var=replace_leaves(state.var, new_variances),
-            q=jnp.where(accept, q, state.q),
+            q=jnp.where(accept, q, state.q).astype(jnp.float32),
             inputs=jnp.where(accept, _bits(layer for layer, _ in matched.values()), state.inputs),
             seen=state.seen + accept,
-            rejected=state.rejected + jnp.stack(rejected),
+            rejected=state.rejected + rejected,
             eps=jnp.where(jnp.any(accept), eps(), state.eps),
         )
 

@@ -1,6 +1,6 @@
 """P = U D / q on a parameter tree, from the running statistics that `bnp` keeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from bnp_optax._tree import named_leaves, replace_leaves
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners import centering
+from bnp_optax.preconditioners.alike import at_once
 from bnp_optax.preconditioners.base import Operator
 from bnp_optax.preconditioners.layout import layers_of
 
@@ -49,23 +50,40 @@ class Scaling(NamedTuple):
       diagonal: 1 / sigma~, broadcasts against the kernel; 1 before the first statistics.
       q: The factor that P divides by.
       inputs: As in `BNPState`.
+      kernel_scale: D / q of the kernel.
+      bias_scale: 1 / q.
     """
 
     mean: Array | None
     diagonal: Array
     q: Float[Array, ""]
     inputs: Int[Array, ""]
+    kernel_scale: Array
+    bias_scale: Float[Array, ""]
 
 
 def scalings(state: BNPState) -> dict[str, Scaling]:
     """D of each layer, by the name of its kernel."""
-    mean, result = named_leaves(state.mean), {}
-    for i, (name, var) in enumerate(named_leaves(state.var).items()):
+    means, variances = named_leaves(state.mean), named_leaves(state.var)
+    if not variances:
+        return {}
+
+    def scaled(var: Array, numbers: Any) -> tuple[Any, Any]:
+        seen, q, inputs = numbers
         # Step 3.
-        floored = var + state.eps[0] * over_inputs(jnp.max, var, state.inputs[i]) + state.eps[1]
-        diagonal = jnp.where(state.seen[i] > 0, jax.lax.rsqrt(floored), 1.0)
-        result[name] = Scaling(mean.get(name), diagonal, state.q[i], state.inputs[i])
-    return result
+        floored = var + state.eps[0] * over_inputs(jnp.max, var, inputs) + state.eps[1]
+        diagonal = jnp.where(seen > 0, jax.lax.rsqrt(floored), 1.0)
+        return (diagonal, diagonal / q), ()
+
+    numbers = (state.seen, state.q, state.inputs)
+    scales, _ = at_once(scaled, list(variances.values()), numbers)
+    by_layer = map(jnp.unstack, (state.q, state.inputs, 1.0 / state.q))
+    return {
+        name: Scaling(means.get(name), diagonal, q, inputs, kernel_scale, bias_scale)
+        for name, (diagonal, kernel_scale), q, inputs, bias_scale in zip(
+            variances, scales, *by_layer, strict=True
+        )
+    }
 
 
 def bnp_states(state: Any) -> list[BNPState]:
@@ -110,19 +128,41 @@ class BNPOperator(Operator):
 
     def gram(self, g: Any) -> Any:
         """P P^T g, in one pass over the kernels."""
-        return self._by_layer(centering.gram, g)
+        leaves, centered, means = named_leaves(g), [], []
+        for name, layer in layers_of(g, self._layers).items():
+            scaling = self._scalings[name]
+            if layer.bias is not None and scaling.mean is not None:
+                shape = jax.eval_shape(layer.align_bias, leaves[layer.bias]).shape
+                sums = centering.Sums.of(layer.kernel_shape, shape, scaling.mean.shape)
+                centered.append(name)
+                means.append((scaling.mean, scaling.kernel_scale, sums))
 
-    def _by_layer(self, function: Callable[..., tuple[Array, Any]], tree: Any) -> Any:
+        def squared(arrays: Any, _: Any) -> tuple[Array, Any]:
+            return centering.squared_mean(*arrays), ()
+
+        squares = dict(zip(centered, at_once(squared, means, ())[0], strict=True))
+        return self._by_layer(centering.gram, g, squares)
+
+    def _by_layer(
+        self,
+        function: Callable[..., tuple[Array, Any]],
+        tree: Any,
+        squares: Mapping[str, Array] | None = None,
+    ) -> Any:
+        """`function` of each layer, and of what `squares` has for it."""
         leaves, new = named_leaves(tree), {}
         for name, layer in layers_of(tree, self._layers).items():
-            mean, diagonal, q, _ = self._scalings[name]
+            scaling = self._scalings[name]
+            mean, s, s_b = scaling.mean, scaling.kernel_scale, scaling.bias_scale
+            more = (squares.get(name),) if squares is not None else ()
             dtype = jnp.promote_types(leaves[name].dtype, jnp.float32)
-            w, s = leaves[name].astype(dtype), diagonal / q
+            w = leaves[name].astype(dtype)
             if layer.bias is None or mean is None:
-                w, _ = function(w, None, None, s, 1.0 / q)
+                w, _ = function(w, None, None, s, s_b, *more)
             else:
                 bias = leaves[layer.bias]
-                w, b = function(w, layer.align_bias(bias.astype(dtype)), mean, s, 1.0 / q)
+                aligned = layer.align_bias(bias.astype(dtype))
+                w, b = function(w, aligned, mean, s, s_b, *more)
                 new[layer.bias] = layer.restore_bias(b, bias.shape).astype(bias.dtype)
             new[name] = w.astype(leaves[name].dtype)
         return replace_leaves(tree, new)
