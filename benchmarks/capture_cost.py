@@ -16,6 +16,7 @@ turn. Of a scan, XLA counts the FLOPs and bytes of one turn.
 
 import collections
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -144,7 +145,9 @@ def gradient_costs(problem: Problem) -> dict[str, float]:
     """FLOPs and bytes of the captured gradient, in multiples of the plain one's."""
     functions = (bnp_optax.value_and_grad(problem.loss_fn), jax.value_and_grad(problem.loss_fn))
     captured, plain = (
-        jax.jit(function).lower(problem.params, *problem.batch).compile().cost_analysis()
+        dict(
+            jax.jit(function).lower(problem.params, *problem.batch).compile().cost_analysis() or {}
+        )
         for function in functions
     )
     keys = {"flops": "flops", "bytes": "bytes accessed"}
@@ -217,7 +220,7 @@ def _table(title: str, *columns: str) -> Table:
     return result
 
 
-def _shown(row: dict[str, Any]) -> str:
+def _shown(row: Any) -> str:
     low, high = row["quartiles"]
     return f"{row['ratio']:.2f}x ({low:.2f}-{high:.2f})"
 
@@ -282,7 +285,9 @@ def measure_compilation(config: Config, console: Console) -> dict[str, Any]:
             continue
         pair = (method, METHODS[method.plain])
         row = results[name] = ratios(
-            *((lambda m=m: compile_step(problem, m)) for m in pair), config.compiled_turns
+            functools.partial(compile_step, problem, pair[0]),
+            functools.partial(compile_step, problem, pair[1]),
+            config.compiled_turns,
         )
         states = [make_step(problem, m.tx, m.captured)[1][1] for m in pair]
         row["arrays"], row["plain_arrays"] = (len(jax.tree.leaves(state)) for state in states)

@@ -173,7 +173,7 @@ def bnp(
         return new, (accept, ~valid & (stats.count != 0.0), stats.count)
 
     def q_of(fan_in: list[int], positions: list[int], counts: Array) -> Array:
-        """q of all layers."""
+        """Q of all layers."""
         if not scale:
             return jnp.ones_like(counts)
         n = counts / np.array(positions, np.float32) if batch_size is None else batch_size
@@ -202,7 +202,9 @@ def bnp(
             anyones = dataclasses.replace(stats, layer=_ANY_LAYER)
             arrays.append((mean, _widened(variances[name], stats), anyones))
         new, (accept, rejected, counts) = at_once(refreshed, arrays, state.seen)
-        new_means, new_variances = (dict(zip(matched, x, strict=True)) for x in zip(*new, strict=True))
+        new_means, new_variances = (
+            dict(zip(matched, x, strict=True)) for x in zip(*new, strict=True)
+        )
         q = q_of(
             [layer.fan_in for layer, _ in matched.values()],
             [stats.layer.positions for _, stats in matched.values()],

@@ -57,7 +57,7 @@ class Sums:
 
 
 def squared_mean(mu: Stats, s: Stats, sums: Sums) -> Stats:
-    """sum_i (s_i mu_i)^2, the square of the mean in z but for q; all that `gram` sums of P alone."""
+    """sum_i (s_i mu_i)^2: the square of the mean in z but for q, which `gram` needs."""
     return sums.repeats * jnp.sum((s * mu) ** 2, axis=sums.axes, keepdims=True)
 
 
