@@ -3,8 +3,7 @@
     python -m benchmarks.transformer_cost
 
 A decoder of 24 blocks of width 256 on 8 sequences of 128 tokens, its blocks unrolled or scanned:
-a step of SGD, the same with the statistics of all tokens or of 64 captured by either engine, and
-BNP + SGD, which uses them.
+a step of SGD, the same with the statistics of all tokens or of 64, and BNP + SGD, which uses them.
 FLOPs and bytes are those that XLA reports (of a scan, it counts one turn). Tracing and compilation
 are in processor seconds. Times of steps are taken in turns and given as the median ratio to SGD's
 step of the same turn, with the middle half.
@@ -94,24 +93,22 @@ class Variant:
     """What a step does beside SGD.
 
     Attributes:
-      capture: The engine that captures statistics; None captures none.
+      captures: Whether it captures statistics.
       sample_rows: Number of rows that they are taken from; None for all.
       precondition: Whether BNP uses them; else the step returns them.
     """
 
-    capture: Any = None
+    captures: bool = False
     sample_rows: int | None = None
     precondition: bool = False
 
 
 VARIANTS = {
     "SGD": Variant(),
-    "capture, linen": Variant("linen"),
-    "capture, linen, 64 rows": Variant("linen", 64),
-    "capture, jaxpr": Variant("jaxpr"),
-    "capture, jaxpr, 64 rows": Variant("jaxpr", 64),
-    "BNP, jaxpr": Variant("jaxpr", None, precondition=True),
-    "BNP, jaxpr, 64 rows": Variant("jaxpr", 64, precondition=True),
+    "capture": Variant(captures=True),
+    "capture, 64 rows": Variant(captures=True, sample_rows=64),
+    "BNP": Variant(captures=True, precondition=True),
+    "BNP, 64 rows": Variant(captures=True, sample_rows=64, precondition=True),
 }
 
 
@@ -127,14 +124,12 @@ def make_step(model: nn.Module, variant: Variant) -> tuple[Any, Callable[..., An
 
     def step(carry: Any, tokens: jax.Array) -> Any:
         params, state = carry
-        if variant.capture is None:
+        if variant.captures:
+            captured = bnp_optax.value_and_grad(loss_fn, sample_rows=variant.sample_rows)
+            loss, grads, stats = captured(params, tokens)
+        else:
             loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
             stats = None
-        else:
-            captured = bnp_optax.value_and_grad(
-                loss_fn, capture=variant.capture, sample_rows=variant.sample_rows
-            )
-            loss, grads, stats = captured(params, tokens)
         updates, state = tx.update(grads, state, params, layer_stats=stats)
         kept = None if variant.precondition else stats
         return (optax.apply_updates(params, updates), state), loss, kept

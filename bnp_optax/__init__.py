@@ -5,24 +5,25 @@ from typing import Any
 
 from bnp_optax.alias import adam_l1, bnp_adam, bnp_adamw, bnp_sgd
 from bnp_optax.capture import (
-    Layer,
     Summary,
     dataset_statistics,
     find_layers,
     summarize,
     value_and_grad,
 )
+from bnp_optax.metrics import metrics
 from bnp_optax.preconditioners import (
     BNPState,
     ComposeState,
     DiagonalState,
+    Operator,
     Preconditioner,
     adagrad,
     bnp,
     compose,
     rms,
 )
-from bnp_optax.statistics import LayerStats
+from bnp_optax.statistics import Layer, LayerStats
 from bnp_optax.training import TrainState
 from bnp_optax.transforms import (
     GradientRegularizationState,
@@ -49,6 +50,7 @@ __all__ = [
     "InZspaceState",
     "Layer",
     "LayerStats",
+    "Operator",
     "PreconditionState",
     "Preconditioner",
     "ProximalL1State",
@@ -66,6 +68,7 @@ __all__ = [
     "find_layers",
     "gradient_regularization",
     "in_zspace",
+    "metrics",
     "precondition",
     "proximal_l1",
     "pspace_weight_decay",

@@ -1,6 +1,7 @@
 """Names for the leaves of a pytree, the same wherever a library puts its boxes."""
 
-from collections.abc import Iterable
+import collections
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,11 +12,14 @@ KERNEL = "kernel"
 BIAS = "bias"
 
 
+def is_hidden(node: Any) -> bool:
+    """Whether `node` stands for a leaf that is not there: None, or a mask."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
 def path_name(path: KeyPath) -> str:
-    """Slash-separated name of a leaf, without the `value` that boxed variables append."""
-    if len(path) > 1 and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    """Slash-separated name of a path, without the `value` that boxed variables append."""
+    return _joined(path[:-1] if _ends_in_value(path) else path)
 
 
 def sibling(name: str, leaf: str) -> str:
@@ -30,22 +34,25 @@ def is_named(name: str, leaf: str) -> bool:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of `tree` by name, in flattening order."""
-    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    """The leaves of `tree` by name, in flattening order.
+
+    A leaf has the same name whether its neighbours are masked or not.
+
+    Raises:
+      ValueError: If two leaves have one name, as `{"a": {"b": x}, "a/b": y}`.
+    """
+    return {name: node for name, node in _named_nodes(tree)[0].items() if not is_hidden(node)}
 
 
 def replace_leaves(tree: Any, new: dict[str, Any]) -> Any:
     """`tree` with the leaves named in `new` replaced."""
-    return jax.tree.map_with_path(lambda path, leaf: new.get(path_name(path), leaf), tree)
+    nodes, treedef = _named_nodes(tree)
+    return treedef.unflatten([new.get(name, node) for name, node in nodes.items()])
 
 
 def absent(names: Iterable[str], tree: Any) -> list[str]:
     """Those of `names` that `tree` has not, nor may have where it is masked or None."""
-
-    def is_hidden(node: Any) -> bool:
-        return node is None or isinstance(node, optax.MaskedNode)
-
-    nodes = {path_name(p): n for p, n in jax.tree.leaves_with_path(tree, is_leaf=is_hidden)}
+    nodes = _named_nodes(tree)[0]
     hidden = [part for part, node in nodes.items() if is_hidden(node)]
 
     def may_be_hidden(name: str) -> bool:
@@ -59,3 +66,47 @@ def quoted(names: Iterable[str], limit: int = 8) -> str:
     names = list(names)
     shown = ", ".join(f"`{name}`" for name in names[:limit]) or "none"
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _named_nodes(tree: Any) -> tuple[dict[str, Any], Any]:
+    """The leaves and the hidden nodes of `tree` by name, and its structure with these as leaves."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hidden)
+    sizes: collections.Counter[KeyPath] = collections.Counter()
+    if any(_ends_in_value(path) for path, _ in flat):
+        sizes.update(path[:i] for path, _ in flat for i in range(1, len(path)))
+    # A box holds nothing beside its `value`; a dataclass with more fields is no box.
+    names = [
+        _joined(path[:-1] if _ends_in_value(path) and sizes[path[:-1]] == 1 else path)
+        for path, _ in flat
+    ]
+    nodes = dict(zip(names, (node for _, node in flat), strict=True))
+    if len(nodes) < len(names):
+        twice = (name for name, count in collections.Counter(names).items() if count > 1)
+        msg = (
+            f"Two leaves of the tree are called {quoted(twice)}: keys with slashes and nested keys "
+            "make one name. Rename one of the keys."
+        )
+        raise ValueError(msg)
+    return nodes, treedef
+
+
+def _ends_in_value(path: KeyPath) -> bool:
+    return len(path) > 1 and isinstance(path[-1], GetAttrKey) and path[-1].name == "value"
+
+
+def _joined(path: KeyPath) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The JAX arrays of `tree`, and a function that puts others in their place."""
+    leaves, treedef = jax.tree.flatten(tree)
+    is_array = [isinstance(x, jax.Array | jax.ShapeDtypeStruct) for x in leaves]
+
+    def rebuild(arrays: Sequence[Any]) -> Any:
+        rest: Iterator[Any] = iter(arrays)
+        return treedef.unflatten(
+            [next(rest) if array else x for x, array in zip(leaves, is_array, strict=True)]
+        )
+
+    return [x for x, array in zip(leaves, is_array, strict=True) if array], rebuild

@@ -1,16 +1,16 @@
 """Capture for Flax NNX: the functions of `bnp_optax`, of a model instead of its parameters."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
 from bnp_optax import capture
-from bnp_optax.capture import Layer, Summary
-from bnp_optax.capture.reading import ConvStatistics
-from bnp_optax.statistics import LayerStats
+from bnp_optax.capture import Summary
+from bnp_optax.capture.moments import ConvStatistics
+from bnp_optax.statistics import Layer, LayerStats
 
 
 class _Pure:
@@ -74,6 +74,7 @@ def find_layers(
     *args: Any,
     wrt: Any = nnx.Param,
     conv_statistics: ConvStatistics = "channel",
+    embeddings: bool = False,
     **kwargs: Any,
 ) -> dict[str, Layer]:
     """`bnp_optax.find_layers` of a loss `loss_fn(model, *args, **kwargs)`.
@@ -90,7 +91,7 @@ def find_layers(
     """
     pure = _Pure(loss_fn, model, args, kwargs, wrt)
     return capture.find_layers(
-        pure.loss, pure.params, capture="jaxpr", conv_statistics=conv_statistics
+        pure.loss, pure.params, conv_statistics=conv_statistics, embeddings=embeddings
     )
 
 
@@ -99,6 +100,8 @@ def summarize(
     model: nnx.Module,
     *args: Any,
     wrt: Any = nnx.Param,
+    conv_statistics: ConvStatistics = "channel",
+    embeddings: bool = False,
     **kwargs: Any,
 ) -> Summary:
     """`bnp_optax.summarize` of a loss `loss_fn(model, *args, **kwargs)`.
@@ -111,12 +114,46 @@ def summarize(
       >>> loss_fn = lambda model, x: jnp.mean(model(x) ** 2)
       >>> print(bnp_optax.flax_nnx.summarize(loss_fn, model, jnp.ones((4, 3))))
       kernel  layer  shape  fan-in  positions  q²  bias  covered
-      ------  -----  -----  ------  ---------  --  ----  -------------
-      kernel  Dense  3x2    3       1          1   yes   yes, by jaxpr
+      ------  -----  -----  ------  ---------  --  ----  -------
+      kernel  Dense  3x2    3       1          1   yes   yes
       1 of 1 kernels covered, 100.0% of their 6 entries.
     """
     pure = _Pure(loss_fn, model, args, kwargs, wrt)
-    return capture.summarize(pure.loss, pure.params, capture="jaxpr")
+    return capture.summarize(
+        pure.loss, pure.params, conv_statistics=conv_statistics, embeddings=embeddings
+    )
+
+
+def dataset_statistics(
+    loss_fn: Callable[..., Any],
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    wrt: Any = nnx.Param,
+    conv_statistics: ConvStatistics = "channel",
+    embeddings: bool = False,
+) -> dict[str, LayerStats]:
+    """`bnp_optax.dataset_statistics` of a loss `loss_fn(model, *batch)`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import bnp_optax.flax_nnx
+      >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      >>> loss_fn = lambda model, x: jnp.mean(model(x) ** 2)
+      >>> data = jnp.arange(24.0).reshape(2, 4, 3)  # two batches of four
+      >>> fixed = bnp_optax.flax_nnx.dataset_statistics(loss_fn, model, data)
+      >>> bool(jnp.allclose(fixed["kernel"].mean[:, 0], data.mean((0, 1))))
+      True
+    """
+
+    def of_params(params: Any, *batch: Any) -> Any:
+        return _Pure(loss_fn, model, batch, {}, wrt).loss(params)
+
+    params = _Pure(loss_fn, model, (), {}, wrt).params
+    return capture.dataset_statistics(
+        of_params, params, batches, conv_statistics=conv_statistics, embeddings=embeddings
+    )
 
 
 def value_and_grad(
@@ -183,7 +220,6 @@ def value_and_grad(
             functools.partial(pure.loss_and_state, has_aux=has_aux),
             has_aux=True,
             layers=layers,
-            capture="jaxpr",
             conv_statistics=conv_statistics,
             sample_rows=sample_rows,
             embeddings=embeddings,

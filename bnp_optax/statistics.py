@@ -6,18 +6,86 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 # Below this multiple of the float32 spacing, E[m^2] - E[m]^2 is rounding, not variance.
 _ROUNDING = 2 * float(jnp.finfo(jnp.float32).eps)
-# Sums of fewer float32 numbers keep their digits in any order.
-MANY_ROWS = 2**14
+
+Shape = tuple[int, ...]
+Axes = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A kernel, its bias, and how inputs meet the kernel. Static: all of it is known when tracing.
+
+    Axes are those of the kernel as `params` holds it, counted from the end: a Dense kernel of shape
+    (in, out) has `input_axes=(-2,)`, a convolution's (height, width, in, out) has (-4, -3, -2).
+
+    Attributes:
+      kernel: Name of the kernel leaf, such as `'Dense_0/kernel'`.
+      bias: Name of the bias that is added to the kernel's product, or None.
+      input_axes: Axes of the kernel that are summed over.
+      positions: Output positions that share the kernel: 1 for dense layers, height x width of the
+        output for a convolution.
+      stats_axes: Axes along which the statistics vary; elsewhere they have size 1. None stands for
+        `input_axes`. A convolution's statistics do not vary in space: (-2,). A grouped one's
+        differ from group to group: (-2, -1). Stacked layers add the axis that they are stacked on.
+      bias_axes: For each axis of the bias, the axis of the kernel that it runs along. None stands
+        for the kernel's axes that are not input axes, in their order.
+      kernel_shape: Shape of the kernel, stacked axes included; what the properties below need.
+      kind: What multiplies, such as `'Dense'`, `'Conv'` or `'Embed'`; only for reading.
+    """
+
+    kernel: str
+    bias: str | None
+    input_axes: Axes
+    positions: int = 1
+    stats_axes: Axes | None = None
+    bias_axes: Axes | None = None
+    kernel_shape: Shape = ()
+    kind: str = ""
+
+    @property
+    def stats_shape(self) -> Shape:
+        """Shape of the statistics; broadcasts against the kernel's."""
+        axes = self.input_axes if self.stats_axes is None else self.stats_axes
+        varying = {axis % len(self.kernel_shape) for axis in axes}
+        return tuple(size if axis in varying else 1 for axis, size in enumerate(self.kernel_shape))
+
+    @property
+    def fan_in(self) -> int:
+        """Number of inputs of one output unit: n of a dense layer, k^2 c of a convolution."""
+        return math.prod(self.kernel_shape[axis] for axis in self.input_axes)
+
+    def align_bias(self, bias: Array) -> Array:
+        """`bias` transposed and reshaped so that it broadcasts against the kernel."""
+        ndim, order = len(self.kernel_shape), self._bias_order(bias.ndim)
+        if self.bias_axes is None:
+            absent = {axis % ndim for axis in self.input_axes}
+        else:
+            absent = set(range(ndim)) - {axis % ndim for axis in self.bias_axes}
+        shape = tuple(1 if axis in absent else n for axis, n in enumerate(self.kernel_shape))
+        return jnp.transpose(bias, order).reshape(shape)
+
+    def restore_bias(self, aligned: Array, bias_shape: Shape) -> Array:
+        """What `align_bias` made of a bias of shape `bias_shape`, back in its own layout."""
+        order = self._bias_order(len(bias_shape))
+        in_order = aligned.reshape(tuple(bias_shape[axis] for axis in order))
+        return jnp.transpose(in_order, sorted(range(len(order)), key=order.__getitem__))
+
+    def _bias_order(self, ndim: int) -> list[int]:
+        """The axes of the bias in the order of the kernel's axes that they run along."""
+        axes = list(range(ndim))
+        along = self.bias_axes
+        return axes if along is None else sorted(axes, key=lambda i: along[i])
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("mean", "var", "sq_mean", "count"),
-    meta_fields=("kernel", "bias", "input_axes", "positions"),
+    meta_fields=("layer",),
 )
 @dataclasses.dataclass(frozen=True)
 class LayerStats:
@@ -25,7 +93,7 @@ class LayerStats:
 
     A Dense kernel (in, out) has statistics (in, 1), a convolution (k, k, in, out) has
     (1, 1, in, 1), a grouped one (1, 1, in/groups, out); layers stacked by `nn.scan` or
-    `nn.vmap` keep their leading axes.
+    `nn.vmap` keep the axis that they are stacked on.
 
     Linear averages of statistics, by `jax.lax.pmean` over devices or `jax.tree.map` over
     microbatches, are statistics of the union of the batches: `total_variance` then adds the
@@ -37,13 +105,9 @@ class LayerStats:
       var: Biased variance of the same, within the batch.
       sq_mean: Square of `mean`, rounded down; after averaging over batches, the mean of the
         squares.
-      count: Batch size x output positions x calls. 0 means that the layer did not run. After
-        averaging, that of one batch: give `bnp` the whole `batch_size`, which q needs.
-      kernel: Name of the kernel, such as `'Dense_0/kernel'`.
-      bias: Name of the bias that is added to the kernel's product, or None.
-      input_axes: Axes of the kernel that are summed over, negative.
-      positions: Output positions that share the kernel: 1 for dense layers, height x width of
-        the output for a convolution.
+      count: Batch size x output positions x calls, a scalar. 0 means that the layer did not run.
+        After averaging, that of one batch: give `bnp` the whole `batch_size`, which q needs.
+      layer: The kernel, its bias and their axes; static.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -55,18 +119,23 @@ class LayerStats:
       >>> _, _, stats = bnp_optax.value_and_grad(loss_fn)(params)
       >>> stats["kernel"].mean.ravel().tolist(), stats["kernel"].var.ravel().tolist()
       ([2.0, 0.0], [1.0, 0.0])
-      >>> float(stats["kernel"].count)
-      2.0
+      >>> float(stats["kernel"].count), stats["kernel"].layer.bias
+      (2.0, 'bias')
     """
 
     mean: Float[Array, "..."]
     var: Float[Array, "..."]
     sq_mean: Float[Array, "..."]
     count: Float[Array, ""]
-    kernel: str
-    bias: str | None
-    input_axes: tuple[int, ...]
-    positions: int
+    layer: Layer
+
+    @classmethod
+    def of_batch(cls, mean: Array, var: Array, count: Array, layer: Layer) -> "LayerStats":
+        """Statistics of a single batch, whose `sq_mean` is the square of its mean."""
+        # `sq_mean - mean**2` must not be positive by rounding, however it is evaluated (fused,
+        # say). So the compiler must not compute the mean twice, and the square goes down.
+        mean = lax.optimization_barrier(mean)
+        return cls(mean, var, jnp.nextafter(mean**2, jnp.zeros_like(mean)), count, layer)
 
     @property
     def total_variance(self) -> Float[Array, "..."]:
@@ -77,27 +146,4 @@ class LayerStats:
     @property
     def batch_size(self) -> Float[Array, ""]:
         """N, the number of examples."""
-        return self.count / self.positions
-
-
-def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """Mean and biased variance of `x` over `axes`, accurate where |mean| >> standard deviation.
-
-    In two passes: the variance is summed from differences to the mean, of the size of the spread.
-    """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = _mean(x, axes)
-    var = _mean((x - mean) ** 2, axes)
-    return jnp.squeeze(mean, axes).astype(jnp.float32), jnp.squeeze(var, axes).astype(jnp.float32)
-
-
-def _mean(x: Array, axes: tuple[int, ...]) -> Array:
-    """The mean over `axes`, which keep their place; of many rows axis by axis, from the last on.
-
-    XLA may sum over several axes one by one (on the CPU before jax 0.10), which loses digits.
-    """
-    if math.prod(x.shape[axis] for axis in axes) <= MANY_ROWS:
-        return jnp.mean(x, axis=axes, keepdims=True)
-    for axis in sorted(axes, reverse=True):
-        x = jnp.mean(x, axis=axis, keepdims=True)
-    return x
+        return self.count / self.layer.positions

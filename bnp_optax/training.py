@@ -1,11 +1,19 @@
 """Flax's `TrainState`, with statistics."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import optax
 from flax.training import train_state
 
+from bnp_optax.statistics import Layer, LayerStats
+
 _LEFT_OUT: Any = object()
+# What Flax overwrites with its gradient, such as the scales of FP8. Where `params` has it, the
+# transformation gets `params["params"]` alone.
+_OVERWRITTEN = "_overwrite_with_gradient"
+_PREFIX = "params/"
 
 
 class TrainState(train_state.TrainState):
@@ -41,6 +49,8 @@ class TrainState(train_state.TrainState):
         Returns:
           The state after the step, with `step` one higher.
         """
+        if _OVERWRITTEN in grads:
+            layer_stats = _without_prefix(layer_stats)
         extra = {} if layer_stats is _LEFT_OUT else {"layer_stats": layer_stats}
         tx = optax.with_extra_args_support(self.tx)
 
@@ -50,3 +60,20 @@ class TrainState(train_state.TrainState):
         bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
         stepped: Any = train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs)
         return stepped.replace(tx=kwargs.get("tx", self.tx))
+
+
+def _without_prefix(layer_stats: Any) -> Any:
+    """Statistics of the kernels in `params`, as they are called in `params["params"]`."""
+    if not isinstance(layer_stats, Mapping):
+        return layer_stats
+
+    def layer_of(layer: Layer) -> Layer:
+        bias = None if layer.bias is None else layer.bias.removeprefix(_PREFIX)
+        return dataclasses.replace(layer, kernel=layer.kernel.removeprefix(_PREFIX), bias=bias)
+
+    return {
+        name.removeprefix(_PREFIX): dataclasses.replace(stats, layer=layer_of(stats.layer))
+        if isinstance(stats, LayerStats)
+        else stats
+        for name, stats in layer_stats.items()
+    }

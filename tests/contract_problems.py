@@ -148,8 +148,6 @@ LEAFWISE = (
     "precondition_rms",
     "precondition_adagrad",
 )
-# Their running mean does not move in bfloat16.
-BY_RMS = ("adam_l1", "precondition_rms")
 # Those that precondition layers, from `layer_stats`.
 PRECONDITIONING = [
     name
@@ -304,7 +302,7 @@ def bnp_states(state: Any) -> list[BNPState]:
 def seen(state: Any) -> set[float]:
     """How many batches the layers of `Net` have seen."""
     (found,) = bnp_states(state)
-    return {float(layer["kernel"]) for layer in found.seen.values()}
+    return set(found.seen.tolist())
 
 
 def training_step(tx: Any, problem: Problem) -> Callable[..., Any]:

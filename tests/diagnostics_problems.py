@@ -53,9 +53,10 @@ def dense_hessian(loss_fn, params, args):
 
 def dense_preconditioner(preconditioner, state, params):
     flat, unravel = jax.flatten_util.ravel_pytree(params)
+    P = preconditioner.operator(state)
 
     def column(e):
-        return jax.flatten_util.ravel_pytree(preconditioner.apply(state, unravel(e)))[0]
+        return jax.flatten_util.ravel_pytree(P.mv(unravel(e)))[0]
 
     return np.asarray(jax.jit(jax.vmap(column, out_axes=1))(jnp.eye(flat.size)))
 

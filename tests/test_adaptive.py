@@ -89,7 +89,8 @@ def test_rms_started_with_the_first_square_is_a_weighted_average():
     assert np.isclose(sum(weights), 1.0)
     expected = sum(weight * g**2 for weight, g in zip(weights, grads, strict=True))
     np.testing.assert_allclose(state.nu["w"], expected, rtol=1e-5)
-    np.testing.assert_allclose(state.diagonal["w"], expected**-0.25, rtol=1e-5)
+    P = bnp_optax.rms(decay, eps=0.0, bias_correction=False).operator(state)
+    np.testing.assert_allclose(P.mv({"w": jnp.ones(3)})["w"], expected**-0.25, rtol=1e-5)
 
 
 def dense_rms(grads, decay, eps):
@@ -111,13 +112,13 @@ def dense_adagrad(grads, eps, start):
 )
 def test_matrices(preconditioner, dense):
     grads = gradients(6)
-    state, P = run(preconditioner, grads), dense(grads)
+    operator, P = preconditioner.operator(run(preconditioner, grads)), dense(grads)
     for v in np.eye(3):
         tree = {"w": jnp.asarray(v, jnp.float32)}
-        np.testing.assert_allclose(preconditioner.apply(state, tree)["w"], P @ v, rtol=1e-5)
-        pulled_back = preconditioner.apply_transpose(state, tree)["w"]
+        np.testing.assert_allclose(operator.mv(tree)["w"], P @ v, rtol=1e-5)
+        pulled_back = operator.transpose(tree)["w"]
         np.testing.assert_allclose(pulled_back, P.T @ v, rtol=1e-5)
-        solved = preconditioner.solve(state, tree)["w"]
+        solved = operator.solve(tree)["w"]
         np.testing.assert_allclose(solved, np.linalg.solve(P, v), rtol=1e-5)
 
 
@@ -125,15 +126,15 @@ def test_compose_is_the_product_with_the_inner_one_in_the_outer_ones_space():
     outer, inner = bnp_optax.adagrad(1e-3), bnp_optax.rms(0.9, 1e-3)
     composed = bnp_optax.compose(outer, inner)
     grads = gradients(6)
-    state = run(composed, grads)
+    operator = composed.operator(run(composed, grads))
     P_outer = dense_adagrad(grads, 1e-3, 0.1)
     pulled_back = [dense_adagrad(grads[: k + 1], 1e-3, 0.1) @ g for k, g in enumerate(grads)]
     P = P_outer @ dense_rms(pulled_back, 0.9, 1e-3)
     for v in np.eye(3):
         tree = {"w": jnp.asarray(v, jnp.float32)}
-        np.testing.assert_allclose(composed.apply(state, tree)["w"], P @ v, rtol=1e-5)
-        np.testing.assert_allclose(composed.apply_transpose(state, tree)["w"], P.T @ v, rtol=1e-5)
-        solved = composed.solve(state, tree)["w"]
+        np.testing.assert_allclose(operator.mv(tree)["w"], P @ v, rtol=1e-5)
+        np.testing.assert_allclose(operator.transpose(tree)["w"], P.T @ v, rtol=1e-5)
+        solved = operator.solve(tree)["w"]
         np.testing.assert_allclose(solved, np.linalg.solve(P, v), rtol=1e-5)
 
 
@@ -151,6 +152,43 @@ def test_zero_gradients_give_finite_updates(preconditioner):
     updates, state = tx.update(zeros, tx.init(zeros), zeros)
     np.testing.assert_array_equal(updates["w"], np.zeros(3))
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("make", [bnp_optax.adam_l1, None])
+def test_low_precision_follows_adam(dtype, make):
+    if make is None:
+        scaled = bnp_optax.precondition(bnp_optax.rms(), before=optax.ema(0.9))
+        ours = optax.chain(scaled, optax.scale(-RATE))
+    else:
+        ours = make(RATE, 0.0)
+
+    def trained(tx, dtype):
+        params = {"w": jnp.array([[1.0, -2.0, 0.3]], dtype)}
+        state = tx.init(params)
+        step = jax.jit(tx.update)
+        for t in range(50):
+            grads = jax.tree.map(
+                lambda p, t=t: (p - 0.1 + 0.2 * jnp.sin(t)).astype(p.dtype), params
+            )
+            updates, state = step(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return np.asarray(params["w"], np.float32)
+
+    adam = trained(optax.adam(RATE), jnp.float32)
+    theirs = trained(optax.adam(RATE), dtype)
+    got = trained(ours, dtype)
+    assert np.abs(got - adam).max() <= 2 * np.abs(theirs - adam).max() + 0.01
+    assert np.abs(got - [[1.0, -2.0, 0.3]]).min() > 0.1
+
+
+def test_complex_parameters_have_a_real_scale():
+    tx = bnp_optax.precondition(bnp_optax.rms(eps=0.0))
+    params = {"w": jnp.array([1.0 + 1.0j, 2.0])}
+    grads = {"w": jnp.array([3.0 + 4.0j, -2.0j])}
+    updates, state = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [0.6 + 0.8j, -1.0j], rtol=1e-5)
+    assert state.nu["w"].dtype == jnp.float32
 
 
 def test_integers_pass_through():

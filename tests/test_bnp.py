@@ -118,7 +118,7 @@ MATRIX_CASES = [
 
 @functools.cache
 def prepared(name):
-    """`bnp(decay=0.5)`, its state after three steps, the oracle's P of a unit, a random tree."""
+    """P of `bnp(decay=0.5)` after three steps, the oracle's of a unit, and a random tree."""
     case, params, _, target_shape = setting(name)
     (layer,) = case.layers
     preconditioner, options = bnp_optax.bnp(decay=0.5), Options(decay=0.5)
@@ -144,7 +144,7 @@ def prepared(name):
     )
     rng = np.random.default_rng(5)
     tree = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
-    return preconditioner, state, matrix, tree
+    return preconditioner.operator(state), matrix, tree
 
 
 def by_unit(matrix, tree):
@@ -153,53 +153,51 @@ def by_unit(matrix, tree):
 
 
 @pytest.mark.parametrize("name", MATRIX_CASES)
-def test_apply_multiplies_by_p(name):
-    preconditioner, state, matrix, tree = prepared(name)
-    assert_trees_close(
-        jax.jit(preconditioner.apply)(state, tree), by_unit(matrix, tree), MATRIX_RTOL
-    )
+def test_mv_multiplies_by_p(name):
+    P, matrix, tree = prepared(name)
+    assert_trees_close(jax.jit(P.mv)(tree), by_unit(matrix, tree), MATRIX_RTOL)
 
 
 @pytest.mark.parametrize("name", MATRIX_CASES)
-def test_apply_transpose_multiplies_by_p_transposed(name):
-    preconditioner, state, matrix, tree = prepared(name)
+def test_transpose_multiplies_by_p_transposed(name):
+    P, matrix, tree = prepared(name)
     want = by_unit(lambda unit: matrix(unit).T, tree)
-    assert_trees_close(jax.jit(preconditioner.apply_transpose)(state, tree), want, MATRIX_RTOL)
+    assert_trees_close(jax.jit(P.transpose)(tree), want, MATRIX_RTOL)
 
 
 @pytest.mark.parametrize("name", MATRIX_CASES)
 def test_solve_multiplies_by_the_inverse_of_p(name):
-    preconditioner, state, matrix, tree = prepared(name)
+    P, matrix, tree = prepared(name)
     want = by_unit(lambda unit: np.linalg.inv(matrix(unit)), tree)
-    assert_trees_close(jax.jit(preconditioner.solve)(state, tree), want, MATRIX_RTOL)
+    assert_trees_close(jax.jit(P.solve)(tree), want, MATRIX_RTOL)
 
 
 @pytest.mark.parametrize("name", MATRIX_CASES)
 def test_gram_multiplies_by_p_p_transposed(name):
-    preconditioner, state, matrix, tree = prepared(name)
+    P, matrix, tree = prepared(name)
     want = by_unit(lambda unit: matrix(unit) @ matrix(unit).T, tree)
-    assert_trees_close(jax.jit(preconditioner.gram)(state, tree), want, MATRIX_RTOL)
+    assert_trees_close(jax.jit(P.gram)(tree), want, MATRIX_RTOL)
 
 
 @pytest.mark.parametrize("name", MATRIX_CASES)
-def test_apply_undoes_solve(name):
-    preconditioner, state, _, tree = prepared(name)
-    z = jax.jit(preconditioner.solve)(state, tree)
-    assert_trees_close(jax.jit(preconditioner.apply)(state, z), tree, MATRIX_RTOL)
+def test_mv_undoes_solve(name):
+    P, _, tree = prepared(name)
+    z = jax.jit(P.solve)(tree)
+    assert_trees_close(jax.jit(P.mv)(z), tree, MATRIX_RTOL)
     assert not np.allclose(z["a"]["kernel"], tree["a"]["kernel"], rtol=0.01)
 
 
 @pytest.mark.parametrize("name", ["dense", "conv_grouped"])
 def test_transpose_is_the_adjoint(name):
-    preconditioner, state, _, z = prepared(name)
+    P, _, z = prepared(name)
     g = jax.tree.map(lambda leaf: jnp.cos(3 * leaf), z)
 
     def dot(a, b):
         pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
         return sum(np.vdot(np.float64(x), np.float64(y)) for x, y in pairs)
 
-    left = dot(jax.jit(preconditioner.apply)(state, z), g)
-    right = dot(z, jax.jit(preconditioner.apply_transpose)(state, g))
+    left = dot(jax.jit(P.mv)(z), g)
+    right = dot(z, jax.jit(P.transpose)(g))
     assert left == pytest.approx(right, rel=1e-4)
 
 

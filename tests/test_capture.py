@@ -1,4 +1,4 @@
-"""The Linen engine against inputs recorded by hand, and gradients against `jax.value_and_grad`."""
+"""Linen models against inputs that Flax recorded, and gradients against `jax.value_and_grad`."""
 
 import flax.linen as nn
 import jax
@@ -126,10 +126,10 @@ def test_count_positions_axes_and_bias(name, kernel, count, positions, input_axe
     layer_stats = stats[kernel]
     assert layer_stats.count.shape == ()
     assert layer_stats.count == count
-    assert layer_stats.positions == positions
-    assert layer_stats.input_axes == input_axes
-    assert layer_stats.bias == bias
-    assert layer_stats.kernel == kernel
+    assert layer_stats.layer.positions == positions
+    assert layer_stats.layer.input_axes == input_axes
+    assert layer_stats.layer.bias == bias
+    assert layer_stats.layer.kernel == kernel
     assert layer_stats.mean.dtype == layer_stats.var.dtype == jnp.float32
 
 
@@ -293,48 +293,64 @@ def test_a_kernel_whose_layer_never_runs_has_no_input_and_is_left_alone():
     ("model", "kernel", "reason"),
     [
         (NeverRuns(), "idle/kernel", "the loss does not depend on it"),
-        (Reparametrized(), "Dense_1/kernel", "reparametrized by `WeightNorm`"),
-        (OwnKernel(), "kernel", "`OwnKernel` is no layer class known here"),
-        (nn.ConvLocal(3, (3,)), "kernel", "`ConvLocal` has a kernel of its own at every position"),
-        (nn.Einsum((8, 2, 3), "btd,dhk->btkh"), "kernel", "orders the bias unlike the kernel"),
+        (Reparametrized(), "Dense_1/kernel", "`mul` changes it before it meets the inputs"),
     ],
 )
 def test_summary_says_why_a_kernel_is_not_covered(model, kernel, reason):
-    x = SEQUENCES if isinstance(model, nn.ConvLocal | nn.Einsum) else ROWS
-    params, loss_fn = make_loss(model, x)
-    summary = bnp_optax.summarize(lambda params: loss_fn(params, x)[0], params, capture="linen")
+    params, loss_fn = make_loss(model, ROWS)
+    summary = bnp_optax.summarize(lambda params: loss_fn(params, ROWS)[0], params)
     assert reason in summary.uncovered[kernel]
     assert kernel not in summary.layers
     assert f"no: {summary.uncovered[kernel]}" in str(summary)
 
 
-def test_layers_stacked_along_another_axis_are_reported():
-    model = vmapped_dense(axis=1)
-    params, loss_fn = make_loss(model, SEQUENCES)
-    loss_of = lambda params: loss_fn(params, SEQUENCES)[0]  # noqa: E731
-    summary = bnp_optax.summarize(loss_of, params, capture="linen")
-    assert "stacked along axes (1,)" in summary.uncovered["kernel"]
+def windows(x):
+    """The inputs of a `ConvLocal` of width 3, at every position."""
+    padded = np.pad(x, ((0, 0), (1, 1), (0, 0)))
+    shifted = [padded[:, i : i + x.shape[1]] for i in range(3)]
+    return np.stack(shifted, -1).reshape(*x.shape[:2], -1)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "layer", "inputs"),
+    [
+        (OwnKernel(), ROWS, (None, None, (-2,), (-2,)), lambda x: x[:, :, None]),
+        (nn.ConvLocal(3, (3,)), SEQUENCES, ("bias", None, (-2,), (-3, -2)), windows),
+        (
+            nn.Einsum((8, 2, 3), "btd,dhk->btkh"),
+            SEQUENCES,
+            ("bias", (-1, -2), (-3,), (-3,)),
+            lambda x: x.reshape(-1, 8),
+        ),
+        (
+            vmapped_dense(axis=1),
+            SEQUENCES,
+            ("bias", (-1, -2), (-3,), (-3, -2)),
+            lambda x: x.transpose(1, 2, 0),
+        ),
+    ],
+    ids=["kernel of a module's own", "local", "bias in another order", "stacked along axis 1"],
+)
+def test_kernels_without_a_layer_class_and_of_unusual_layouts(model, x, layer, inputs):
+    params, loss_fn = make_loss(model, x)
+    _, _, stats = jax.jit(bnp_optax.value_and_grad(loss_fn, has_aux=True))(params, x)
+    got = stats["kernel"]
+    found = got.layer
+    assert (found.bias, found.bias_axes, found.input_axes, found.stats_axes) == layer
+    rows = inputs(np.asarray(x, np.float64))
+    assert got.count == len(rows)
+    np.testing.assert_allclose(got.mean.ravel(), rows.mean(0).ravel(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got.total_variance.ravel(), rows.var(0).ravel(), rtol=1e-5)
 
 
 def test_summary_of_a_convolution():
     params, loss_fn = make_loss(*MODELS["conv, strided"])
     summary = bnp_optax.summarize(lambda params: loss_fn(params, IMAGES)[0], params)
-    layer = summary.layers["kernel"]
-    assert layer.fan_in == 36
-    assert layer.q_squared == 18.0  # max(36 / 2, sqrt(16))
+    assert summary.layers["kernel"].fan_in == 36
+    assert summary.batch_sizes["kernel"] == 2
+    assert summary.q_squared("kernel") == 18.0  # max(36 / 2, sqrt(16))
     _, _, row, total = str(summary).splitlines()
-    assert row.split() == [
-        "kernel",
-        "Conv",
-        "3x3x4x6",
-        "36",
-        "16",
-        "18",
-        "yes",
-        "yes,",
-        "by",
-        "linen",
-    ]
+    assert row.split() == ["kernel", "Conv", "3x3x4x6", "36", "16", "18", "yes", "yes"]
     assert total == "1 of 1 kernels covered, 100.0% of their 216 entries."
 
 
@@ -386,7 +402,7 @@ def test_gradient_of_the_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
 
 
-def test_a_loss_that_compares_params_with_another_tree_is_told_of_the_probes():
+def test_a_loss_may_compare_params_with_another_tree():
     params, _ = make_loss(*MODELS["dense"])
     model, anchor = nn.Dense(3), jax.tree.map(jnp.zeros_like, params)
 
@@ -394,7 +410,10 @@ def test_a_loss_that_compares_params_with_another_tree_is_told_of_the_probes():
         distance = jax.tree.map(lambda p, q: jnp.sum((p - q) ** 2), params, anchor)
         return jnp.mean(model.apply({"params": params}, ROWS)) + sum(jax.tree.leaves(distance))
 
-    for layers in (None, bnp_optax.find_layers(lambda p: model.apply({"params": p}, ROWS), params)):
-        with pytest.raises(ValueError, match="bnp_optax_probe") as caught:
-            bnp_optax.value_and_grad(loss_fn, layers=layers)(params)
-        assert any("drop the leaves of that name first" in n for n in caught.value.__notes__)
+    expected = jax.value_and_grad(loss_fn)(params)
+    for layers in (None, bnp_optax.find_layers(loss_fn, params)):
+        loss, grads, stats = bnp_optax.value_and_grad(loss_fn, layers=layers)(params)
+        assert set(stats) == {"kernel"}
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), (loss, grads), expected
+        )

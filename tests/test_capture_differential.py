@@ -1,6 +1,5 @@
-"""The two capture engines against each other, and both against inputs recorded by hand."""
+"""Captured statistics against inputs recorded by hand, for models of every framework."""
 
-import dataclasses
 import functools
 import re
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import pytest
 from capture_models import CASES, filled, inputs, score
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxpr_as_fun
 
 import bnp_optax
 
@@ -23,8 +23,6 @@ jit = functools.partial(
     compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
 )
 BY_NAME = {case.name: case for case in CASES}
-LINEN = [case.name for case in CASES if case.framework == "linen"]
-ENGINES = [("jaxpr", name) for name in BY_NAME] + [("linen", name) for name in LINEN]
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +60,7 @@ class Captured(NamedTuple):
 
 
 @functools.cache
-def captured(engine, name):
+def captured(name):
     model, traces, n_traces = model_of(name), [], []
 
     def traced(params, *args):
@@ -71,7 +69,7 @@ def captured(engine, name):
 
     @jit
     def function(params, *args):
-        loss, grads, stats = bnp_optax.value_and_grad(traced, capture=engine)(params, *args)
+        loss, grads, stats = bnp_optax.value_and_grad(traced)(params, *args)
         return loss, grads, stats, {name: layer.total_variance for name, layer in stats.items()}
 
     abstract = jax.eval_shape(function, model.params, *model.args)
@@ -95,9 +93,9 @@ def test_the_rerun_by_hand_ran_the_same_network(name):
     np.testing.assert_allclose(loss, model_of(name).loss, atol=4 * BY_NAME[name].rounding)
 
 
-@pytest.mark.parametrize(("engine", "name"), ENGINES)
-def test_statistics_are_those_of_the_recorded_inputs(engine, name):
-    rounding, got = BY_NAME[name].rounding, captured(engine, name)
+@pytest.mark.parametrize("name", BY_NAME)
+def test_statistics_are_those_of_the_recorded_inputs(name):
+    rounding, got = BY_NAME[name].rounding, captured(name)
     for kernel, record in model_of(name).expected.items():
         layer, (count, mean, variance) = got.stats[kernel], record.pooled()
         if record.calls:
@@ -107,32 +105,15 @@ def test_statistics_are_those_of_the_recorded_inputs(engine, name):
         assert {a.dtype for a in jax.tree.leaves(layer)} == {jnp.dtype("float32")}
         assert layer.count.shape == ()
         assert layer.count == count, kernel
-        assert layer.kernel == kernel
-        assert layer.bias == record.bias, kernel
-        assert layer.positions == record.positions, kernel
-        assert layer.input_axes == record.input_axes, kernel
-
-
-@pytest.mark.parametrize("name", LINEN)
-def test_the_engines_agree(name):
-    """Also on how variance divides into that within the calls and that between them."""
-    case, jaxpr, linen = BY_NAME[name], captured("jaxpr", name), captured("linen", name)
-    assert set(jaxpr.stats) == set(linen.stats)
-    for kernel, layer in linen.stats.items():
-        scale = model_of(name).expected[kernel].scale
-        if case.whole:
-            assert_same_layer(jaxpr.stats[kernel], layer, case.rounding, scale)
-        else:
-            assert jaxpr.stats[kernel].count == layer.count
-            assert_close(jaxpr.stats[kernel].mean, layer.mean, case.rounding, scale)
-            assert_close(
-                jaxpr.variances[kernel], linen.variances[kernel], 4 * case.rounding, scale**2
-            )
+        assert layer.layer.kernel == kernel
+        assert layer.layer.bias == record.bias, kernel
+        assert layer.layer.positions == record.positions, kernel
+        assert layer.layer.input_axes == record.input_axes, kernel
 
 
 def assert_same_layer(got, want, rounding, scale):
     assert jax.tree.structure(got) == jax.tree.structure(want)  # The static fields too.
-    assert got.count == want.count, want.kernel
+    assert got.count == want.count, want.layer.kernel
     assert_close(got.mean, want.mean, rounding, scale, f"mean of {want}")
     assert_close(got.var, want.var, 4 * rounding, scale**2, f"var of {want}")
     assert_close(got.sq_mean, want.sq_mean, 4 * rounding, scale**2, f"sq_mean of {want}")
@@ -140,7 +121,7 @@ def assert_same_layer(got, want, rounding, scale):
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_value_and_gradient_are_those_of_jax(name):
-    rounding, got, (loss, grads) = BY_NAME[name].rounding, captured("jaxpr", name), plain(name)
+    rounding, got, (loss, grads) = BY_NAME[name].rounding, captured(name), plain(name)
     np.testing.assert_allclose(got.loss, loss, rtol=1e-6, atol=rounding)
     assert jax.tree.structure(got.grads) == jax.tree.structure(grads)
     for one, other in zip(jax.tree.leaves(got.grads), jax.tree.leaves(grads), strict=True):
@@ -154,9 +135,9 @@ def test_auxiliary_outputs_and_chosen_layers():
     def loss_fn(params, x):
         return model.loss_fn(params, x), {"hidden": jnp.tanh(x @ params["w1"]), "rows": len(x)}
 
-    layers = bnp_optax.find_layers(model.loss_fn, model.params, *model.args, capture="jaxpr")
+    layers = bnp_optax.find_layers(model.loss_fn, model.params, *model.args)
     chosen = {"w2": layers["w2"]}
-    function = bnp_optax.value_and_grad(loss_fn, has_aux=True, layers=chosen, capture="jaxpr")
+    function = bnp_optax.value_and_grad(loss_fn, has_aux=True, layers=chosen)
     (loss, aux), grads, stats = jit(function)(model.params, *model.args)
     (want, want_aux), want_grads = jit(jax.value_and_grad(loss_fn, has_aux=True))(
         model.params, *model.args
@@ -174,22 +155,21 @@ def test_auxiliary_outputs_and_chosen_layers():
 @pytest.mark.parametrize("name", BY_NAME)
 def test_coverage(name):
     """Each kernel is covered or has a reason, and the layers found foretell the statistics."""
-    case, model, stats = BY_NAME[name], model_of(name), captured("jaxpr", name).stats
+    case, model, stats = BY_NAME[name], model_of(name), captured(name).stats
     arguments = jax.eval_shape(lambda: (model.params, *model.args))
-    summary = bnp_optax.summarize(model.loss_fn, *arguments, capture="jaxpr")
+    summary = bnp_optax.summarize(model.loss_fn, *arguments)
     assert set(stats) == set(summary.layers) == set(model.expected)
     assert set(summary.uncovered) == set(case.uncovered)
     for kernel, reason in summary.uncovered.items():
         assert re.search(case.uncovered[kernel], reason), f"{kernel}: {reason}"
     for kernel, layer in summary.layers.items():
-        found = (layer.bias, layer.input_axes, layer.positions, layer.stats_shape)
-        got = stats[kernel]
-        assert found == (got.bias, got.input_axes, got.positions, got.mean.shape)
+        assert stats[kernel].layer == layer
+        assert stats[kernel].mean.shape == layer.stats_shape
 
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_one_trace_serves_abstract_evaluation_and_every_call(name):
-    got = captured("jaxpr", name)
+    got = captured(name)
     assert got.n_traces[0] == got.n_traces[1] == got.n_traces[2] >= 1
     assert got.abstract == jax.eval_shape(lambda: got[:4])
 
@@ -202,20 +182,19 @@ class Idle(nn.Module):
         return nn.Dense(3, name="busy")(x)
 
 
-@pytest.mark.parametrize("engine", ["linen", "jaxpr"])
-def test_a_layer_that_never_runs_has_statistics_of_nothing(engine):
+def test_a_layer_that_never_runs_has_statistics_of_nothing():
     model, x = Idle(), jnp.asarray(inputs(3, 4))
     params = filled(jax.eval_shape(model.init, jax.random.key(0), x)["params"])
     loss_fn = lambda params: score(model.apply({"params": params}, x))  # noqa: E731
-    summary = bnp_optax.summarize(loss_fn, params, capture=engine)
+    summary = bnp_optax.summarize(loss_fn, params)
     assert set(summary.layers) == {"busy/kernel"}
     assert summary.uncovered == {"idle/kernel": "the loss does not depend on it"}
-    _, _, stats = jit(bnp_optax.value_and_grad(loss_fn, capture=engine))(params)
+    _, _, stats = jit(bnp_optax.value_and_grad(loss_fn))(params)
     assert stats["busy/kernel"].count == 3
     idle = stats["idle/kernel"]
     assert idle.count == 0
     assert idle.mean.shape == (4, 1)
-    assert idle.bias == "idle/bias"
+    assert idle.layer.bias == "idle/bias"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -302,39 +281,39 @@ def random_model(blocks):
     return lambda params: score(model.apply({"params": params}, x)), params, kernels
 
 
+def unnamed(loss_fn, params):
+    """The same loss, traced before its layers could name their inputs."""
+    traced = jaxpr_as_fun(jax.make_jaxpr(loss_fn)(params))
+    return lambda params: traced(*jax.tree.leaves(params))[0]
+
+
 @given(blocks=ARCHITECTURES)
 @settings(max_examples=25, deadline=None)
-def test_engines_find_the_same_layers_of_random_architectures(blocks):
+def test_every_layer_of_random_architectures_is_found(blocks):
     loss_fn, params, kernels = random_model(blocks)
-    linen, jaxpr = (
-        bnp_optax.find_layers(loss_fn, params, capture=engine) for engine in ("linen", "jaxpr")
-    )
-    assert set(linen) == set(jaxpr) == kernels
-    for name, layer in linen.items():
-        # The engines may call a layer by different names.
-        assert dataclasses.replace(jaxpr[name], kind=layer.kind, engine="linen") == layer
+    layers = bnp_optax.find_layers(loss_fn, params)
+    assert set(layers) == kernels
+    assert layers == bnp_optax.find_layers(unnamed(loss_fn, params), params)
 
 
 @given(blocks=ARCHITECTURES)
 @example(blocks=("conv", "relu", "shared", "flatten", "shared", "scan remat"))
 @settings(max_examples=6, deadline=None)
-def test_engines_agree_on_random_architectures(blocks):
+def test_names_change_nothing_in_random_architectures(blocks):
     loss_fn, params, kernels = random_model(blocks)
 
     def both(params):
-        return [
-            bnp_optax.value_and_grad(loss_fn, capture=engine)(params)
-            for engine in ("linen", "jaxpr")
-        ]
+        functions = loss_fn, unnamed(loss_fn, params)
+        return [bnp_optax.value_and_grad(function)(params) for function in functions]
 
-    (loss, grads, linen), (other_loss, other_grads, jaxpr) = jax.device_get(jit(both)(params))
+    (loss, grads, named), (other_loss, other_grads, found) = jax.device_get(jit(both)(params))
     np.testing.assert_allclose(loss, other_loss, rtol=1e-5, atol=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max()),
         grads,
         other_grads,
     )
-    assert set(linen) == set(jaxpr) == kernels
-    for kernel, layer in linen.items():
+    assert set(named) == set(found) == kernels
+    for kernel, layer in named.items():
         scale = float(np.sqrt(np.max(layer.var + layer.sq_mean)))
-        assert_same_layer(jaxpr[kernel], layer, 1e-5, scale)
+        assert_same_layer(found[kernel], layer, 1e-5, scale)

@@ -10,13 +10,11 @@ import numpy as np
 import optax
 import pytest
 from contract_problems import (
-    BY_RMS,
     LEAFWISE,
     N_STEPS,
     PRECONDITIONING,
     READY_MADE,
     REGULARIZING,
-    TRANSFORMATIONS,
     assert_close,
     assert_same,
     avals,
@@ -123,7 +121,7 @@ def test_keeps_dtypes_and_state_through_cond(name: str, kind: str, dtype: str) -
         assert avals(new_state) == avals(state)
 
 
-@pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if name not in BY_RMS])
+@on_every_transformation
 def test_bfloat16_is_the_same_up_to_rounding(name: str) -> None:
     tx = make(name)
     problem = problem_of("net")

@@ -27,9 +27,11 @@ from contract_problems import (
     training_step,
 )
 from flax import nnx
+from jax.tree_util import DictKey, SequenceKey
 
 import bnp_optax
-from bnp_optax import LayerStats
+from bnp_optax import Layer, LayerStats
+from bnp_optax._tree import is_hidden
 
 
 @on_every_tree
@@ -39,13 +41,18 @@ def test_map_params_finds_the_params_of_the_state(name: str, kind: str) -> None:
     used = run(tx, problem)[1]
     ones = jax.tree.map(lambda _: 1.0, problem.params)
     for state in (fresh, used):
-        marked = optax.tree.map_params(tx, lambda x, rest: 0.0 * x + rest, state, ones)
-        # Step counts are the only leaves that belong to no parameter.
-        expected = jax.tree.map(
-            lambda x: jnp.ones_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+        marked = optax.tree.map_params(
+            tx,
+            lambda x, rest: x if is_hidden(x) else 0.0 * x + rest,
+            state,
+            ones,
+            transform_non_params=lambda x: 0 * x,
+            is_leaf=is_hidden,
         )
-        assert_same(marked, expected)
         assert avals(marked) == avals(state)
+        # The keys of the parameters come last in the path of whatever belongs to one.
+        for path, leaf in jax.tree.leaves_with_path(marked):
+            assert (leaf == isinstance(path[-1], DictKey | SequenceKey)).all()
 
 
 @on_every_tree
@@ -112,7 +119,7 @@ class NNXNet(nnx.Module):
 def dense_stats(inputs: jax.Array, kernel: str, bias: str | None) -> LayerStats:
     mean, var = inputs.mean(0)[:, None], inputs.var(0)[:, None]
     count = jnp.float32(len(inputs))
-    return LayerStats(mean, var, mean**2, count, kernel, bias, input_axes=(-2,), positions=1)
+    return LayerStats(mean, var, mean**2, count, Layer(kernel, bias, (-2,)))
 
 
 def nnx_steps(tx: Any, transform: Callable[..., Any]) -> tuple[Any, Any]:

@@ -66,7 +66,9 @@ def part_of(problem: Problem, hidden: Callable[[str, str], bool]) -> Problem:
     def prune(stats: dict[str, LayerStats]) -> dict[str, LayerStats]:
         kept = {k: s for k, s in stats.items() if not hidden(*k.split("/"))}
         return {
-            k: dataclasses.replace(s, bias=None) if s.bias and hidden(*s.bias.split("/")) else s
+            k: dataclasses.replace(s, layer=dataclasses.replace(s.layer, bias=None))
+            if s.layer.bias and hidden(*s.layer.bias.split("/"))
+            else s
             for k, s in kept.items()
         }
 

@@ -106,18 +106,17 @@ def test_conditioning_of_a_train_state_that_has_seen_nothing_is_one():
 
 def test_conditioning_of_stacked_layers_and_groups_is_that_of_the_worst():
     """Each layer or group has a D of its own: ratios across them do not count."""
-    ones = np.ones((2, 1, 3))
     sigma = np.array([[1.0, 2.0, 8.0], [1000.0, 1000.0, 2000.0]])[..., None]
-    state = bnp_optax.BNPState(
-        mean={"kernel": jnp.zeros((2, 3, 1)), "bias": jnp.zeros(())},
-        var={"kernel": jnp.asarray(sigma**2), "bias": jnp.ones(())},
-        scale={"kernel": jnp.asarray(0.5 / sigma), "bias": jnp.asarray(0.5 * ones)},
-        seen={"kernel": jnp.ones(()), "bias": jnp.zeros(())},
-    )
+
+    def state_of(var, inputs, mean):
+        one, bits = jnp.ones(1, jnp.int32), jnp.asarray([sum(1 << axis for axis in inputs)])
+        trees = {"kernel": mean}, {"kernel": jnp.asarray(var)}
+        return bnp_optax.BNPState(*trees, 2.0 * one, bits, one, 0 * one, jnp.zeros(2))
+
+    stacked = state_of(sigma**2, (1,), jnp.zeros((2, 3, 1)))
     # The bias's 1 is an entry of D too: 1/1 to 1/8, and 1 to 1/2000.
-    assert float(diagnostics.conditioning(state)["kernel"]) == pytest.approx(2000.0)
-    scale = {"kernel": jnp.asarray((0.5 / sigma).transpose(2, 1, 0)[None])}
-    grouped = bnp_optax.BNPState({"kernel": jnp.zeros((1, 1, 3, 2))}, scale, scale, {})
+    assert float(diagnostics.conditioning(stacked)["kernel"]) == pytest.approx(2000.0)
+    grouped = state_of((sigma**2).transpose(2, 1, 0)[None], (0, 1, 2), optax.MaskedNode())
     assert float(diagnostics.conditioning(grouped)["kernel"]) == pytest.approx(8.0)
 
 

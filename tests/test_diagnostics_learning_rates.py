@@ -52,7 +52,7 @@ def test_training_is_stable_just_below_the_bound_and_not_above(preconditioned):
         def step(params, _):
             g = jax.grad(square)(params, x, y)
             if preconditioned:
-                g = P.apply(state, P.apply_transpose(state, g))
+                g = P.operator(state).gram(g)
             return jax.tree.map(lambda p, g: p - rate * g, params, g), None
 
         return square(jax.lax.scan(step, params, length=2000)[0], x, y)

@@ -101,7 +101,7 @@ def test_patch_statistics_are_those_of_every_patch(name):
         expected = np.repeat(np.moveaxis(by_group, -2, -1), each, -1)
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
     assert stats.count == patches.shape[-1]
-    assert stats.bias == "b"
+    assert stats.layer.bias == "b"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -152,15 +152,14 @@ def test_training_with_patch_statistics():
 # --- sample_rows
 
 
-@pytest.mark.parametrize("engine", ["linen", "jaxpr"])
-def test_a_sample_of_rows_is_spread_over_the_batch_and_the_sequence(engine):
+def test_a_sample_of_rows_is_spread_over_the_batch_and_the_sequence():
     x = jnp.stack(jnp.meshgrid(jnp.arange(8.0), jnp.arange(16.0), indexing="ij"), -1)
     model = nn.Dense(3)
     params = model.init(KEY, x)["params"]
     loss_fn = lambda p, x: jnp.mean(model.apply({"params": p}, x) ** 2)  # noqa: E731
-    captured = bnp_optax.value_and_grad(loss_fn, capture=engine, sample_rows=32)
+    captured = bnp_optax.value_and_grad(loss_fn, sample_rows=32)
     loss, grads, stats = captured(params, x)
-    full_loss, full_grads, full = bnp_optax.value_and_grad(loss_fn, capture=engine)(params, x)
+    full_loss, full_grads, full = bnp_optax.value_and_grad(loss_fn)(params, x)
     assert loss == full_loss
     np.testing.assert_array_equal(grads["kernel"], full_grads["kernel"])
     got, expected = stats["kernel"], full["kernel"]
@@ -255,7 +254,7 @@ def test_many_rows_of_unequal_weight_keep_their_digits(shape):
     x = (1e4 + rng.normal(size=shape)).astype(np.float32)
     weights = rng.integers(0, 3, shape[0]).astype(np.float32)
     captured = bnp_optax.value_and_grad(
-        lambda p, x: jnp.mean(x @ p["w"]), capture="jaxpr", weights=lambda x: jnp.asarray(weights)
+        lambda p, x: jnp.mean(x @ p["w"]), weights=lambda x: jnp.asarray(weights)
     )
     _, _, stats = jax.jit(captured)({"w": normal(1, 3, 2)}, jnp.asarray(x))
     each = np.repeat(weights, np.prod(shape[1:-1], dtype=int))
@@ -282,7 +281,7 @@ def test_weights_of_examples():
     for options in ({}, {"conv_statistics": "patch"}):
         captured = bnp_optax.value_and_grad(loss_fn, weights=lambda x: weights, **options)
         got = captured(params, x)[2]
-        expected = bnp_optax.value_and_grad(loss_fn, capture="jaxpr", **options)(params, twice)[2]
+        expected = bnp_optax.value_and_grad(loss_fn, **options)(params, twice)[2]
         for name in params:
             np.testing.assert_allclose(got[name].mean, expected[name].mean, rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(got[name].var, expected[name].var, rtol=1e-4, atol=1e-6)
@@ -332,7 +331,7 @@ def test_an_embedding_is_a_layer_of_one_hot_inputs():
         np.testing.assert_allclose(got[name].mean, expected[name].mean, rtol=1e-5)
         np.testing.assert_allclose(got[name].var, expected[name].var, rtol=1e-5, atol=1e-7)
         assert got[name].count == expected[name].count
-        assert got[name].input_axes == expected[name].input_axes
+        assert got[name].layer.input_axes == expected[name].layer.input_axes
     assert "table" not in bnp_optax.value_and_grad(loss_fn)(params, ids)[2]
 
 
@@ -370,7 +369,7 @@ def test_statistics_of_a_data_set_are_of_all_its_rows():
     np.testing.assert_allclose(fixed["w1"].mean[:, 0], x.mean(0), rtol=1e-5)
     np.testing.assert_allclose(fixed["w1"].total_variance[:, 0], x.var(0), rtol=1e-3)
     assert fixed["w1"].count == 8
-    assert fixed["w1"].bias == "b1"
+    assert fixed["w1"].layer.bias == "b1"
 
 
 def test_fixed_statistics_are_returned_and_cost_nothing():
@@ -425,12 +424,6 @@ def test_data_sets_that_tell_nothing():
         ({"conv_statistics": "pixel"}, "`conv_statistics` must be one of 'channel', 'patch'"),
         ({"sample_rows": 0}, "`sample_rows` must be an integer > 0 or None, got 0"),
         ({"sample_rows": 2.5}, "`sample_rows` must be an integer > 0 or None, got 2.5"),
-        (
-            {"capture": "linen", "conv_statistics": "patch"},
-            "`conv_statistics='patch'` needs `capture='jaxpr'`",
-        ),
-        ({"capture": "linen", "embeddings": True}, "`embeddings=True` needs `capture='jaxpr'`"),
-        ({"capture": "linen", "weights": len}, "`weights` needs `capture='jaxpr'`"),
     ],
 )
 def test_options_out_of_range(options, message):

@@ -76,8 +76,8 @@ def test_statistics_are_those_of_what_the_layers_got():
         x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
         np.testing.assert_allclose(np.ravel(got.mean), x.mean(0), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(np.ravel(got.var), x.var(0), rtol=1e-4, atol=1e-6)
-        assert got.bias == f"{name}/bias"
-    assert stats["conv2/kernel"].positions == 36
+        assert got.layer.bias == f"{name}/bias"
+    assert stats["conv2/kernel"].layer.positions == 36
     assert stats["linear/kernel"].count == 4
 
 
@@ -155,7 +155,7 @@ def test_stacked_layers_keep_their_own_statistics():
     _, grads, stats = run(model, ROWS)
     assert_equal_trees(grads, nnx.grad(lambda m, x: jnp.mean(m(x) ** 2))(model, ROWS))
     assert stats["layers/kernel"].mean.shape == (3, 3, 1)
-    assert stats["layers/kernel"].bias == "layers/bias"
+    assert stats["layers/kernel"].layer.bias == "layers/bias"
     x = ROWS
     for i in range(3):
         np.testing.assert_allclose(stats["layers/kernel"].mean[i, :, 0], x.mean(0), rtol=1e-5)
@@ -182,7 +182,7 @@ def test_vmapped_and_recurrent_modules():
 
     _, _, stats = bnp_optax.flax_nnx.value_and_grad(by_example)(linear, ROWS)
     np.testing.assert_allclose(stats["kernel"].mean[:, 0], ROWS.mean(0), rtol=1e-5)
-    assert stats["kernel"].bias == "bias"
+    assert stats["kernel"].layer.bias == "bias"
 
 
 def test_a_filter_chooses_what_is_differentiated():

@@ -105,7 +105,11 @@ def test_bnp_is_the_preconditioner_of_the_library():
     params = {"kernel": start[:, None]}
     mean = jnp.mean(x, 0)[:, None]
     stats = bnp_optax.LayerStats(
-        mean, jnp.var(x, 0)[:, None], mean**2, jnp.asarray(40.0), "kernel", None, (-2,), 1
+        mean,
+        jnp.var(x, 0)[:, None],
+        mean**2,
+        jnp.asarray(40.0),
+        bnp_optax.Layer("kernel", None, (-2,)),
     )
     tx = bnp_optax.bnp_sgd(0.5, decay=0.0, eps_rel=0.0, eps_abs=0.0, scale=False)
     state = tx.init(params)

@@ -257,13 +257,15 @@ def scaled_updates(make, s):
 def invariant_preconditioner():
     """P = diag(1 / |g|)^(1/2), which absorbs a scaling only in part, squared: P = diag(1 / |g|)."""
     root = bnp_optax.rms(decay=0.0, eps=0.0)
-    return bnp_optax.Preconditioner(
-        init=root.init,
-        update=root.update,
-        apply=lambda s, z: root.apply(s, root.apply(s, z)),
-        apply_transpose=lambda s, g: root.apply(s, root.apply(s, g)),
-        solve=lambda s, p: root.solve(s, root.solve(s, p)),
-    )
+
+    class Square(bnp_optax.Operator):
+        def __init__(self, root):
+            self.mv = self.transpose = lambda z: root.mv(root.mv(z))
+            self.solve = lambda p: root.solve(root.solve(p))
+
+        mv = transpose = solve = None
+
+    return root._replace(operator=lambda state: Square(root.operator(state)))
 
 
 REGULARIZERS = {

@@ -285,14 +285,14 @@ def test_pmean_is_the_average_over_microbatches():
 def test_shapes_and_counts(model, shape, stats_shape, input_axes, positions):
     stats = capture(model, batch(shape, 1.0))
     assert stats.mean.shape == stats.var.shape == stats.sq_mean.shape == stats_shape
-    assert set(stats.input_axes) == input_axes
-    assert stats.positions == positions
+    assert set(stats.layer.input_axes) == input_axes
+    assert stats.layer.positions == positions
     n = np.prod(shape[:-1]) if isinstance(model, nn.Dense) else shape[0]
     assert float(stats.batch_size) == n
     assert float(stats.count) == n * positions
     assert stats.count.shape == ()
     assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {jnp.dtype(jnp.float32)}
-    assert (stats.kernel, stats.bias) == ("kernel", "bias")
+    assert (stats.layer.kernel, stats.layer.bias) == ("kernel", "bias")
 
 
 def test_each_output_of_a_grouped_convolution_has_the_moments_of_its_own_group():
@@ -326,7 +326,7 @@ def test_a_numpy_input_is_as_good_as_a_jax_one():
 
 
 def test_a_layer_without_a_bias_says_so():
-    assert capture(nn.Dense(3, use_bias=False), batch((4, 2), 1.0)).bias is None
+    assert capture(nn.Dense(3, use_bias=False), batch((4, 2), 1.0)).layer.bias is None
 
 
 class CalledTwice(nn.Module):
@@ -361,6 +361,7 @@ def test_statistics_pass_through_jax_transformations_with_their_names():
     assert len(leaves) == 4
     through = jax.jit(lambda s: jax.tree.map(lambda leaf: 2 * leaf, s))(stats)
     assert jax.tree.structure(through) == treedef
-    names = ("kernel", "bias", "input_axes", "positions")
-    assert [getattr(through, n) for n in names] == [getattr(stats, n) for n in names]
+    assert through.layer == stats.layer
+    assert (stats.layer.kernel, stats.layer.bias, stats.layer.positions) == ("kernel", "bias", 16)
+    assert stats.layer.input_axes == (-4, -3, -2)
     np.testing.assert_array_equal(through.mean, 2 * stats.mean)

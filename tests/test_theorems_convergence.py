@@ -52,18 +52,18 @@ def test_ye_theorem_1_rate_at_the_optimal_step(preconditioned):
     flat, unravel = jax.flatten_util.ravel_pytree(best)
     p, apply, transpose = np.eye(4), lambda v: v, lambda v: v
     if preconditioned:
-        P = bnp_optax.bnp(decay=0.0, eps_rel=0.0, eps_abs=0.0, scale=False)
+        bnp = bnp_optax.bnp(decay=0.0, eps_rel=0.0, eps_abs=0.0, scale=False)
         mean = jnp.mean(h[:, 1:], 0)[:, None]
         stats = bnp_optax.LayerStats(
-            mean, jnp.var(h[:, 1:], 0)[:, None], mean**2, jnp.asarray(40.0), "kernel", "bias",
-            (-2,), 1
+            mean, jnp.var(h[:, 1:], 0)[:, None], mean**2, jnp.asarray(40.0),
+            bnp_optax.Layer("kernel", "bias", (-2,)),
         )  # fmt: skip
-        state = P.update(best, P.init(best), best, layer_stats={"kernel": stats})
+        P = bnp.operator(bnp.update(best, bnp.init(best), best, layer_stats={"kernel": stats}))
 
         def lifted(function):
-            return lambda v: jax.flatten_util.ravel_pytree(function(state, unravel(v)))[0]
+            return lambda v: jax.flatten_util.ravel_pytree(function(unravel(v)))[0]
 
-        apply, transpose = lifted(P.apply), lifted(P.apply_transpose)
+        apply, transpose = lifted(P.mv), lifted(P.transpose)
         p = np.asarray(jax.vmap(apply, out_axes=1)(jnp.eye(4)))
     eigenvalues = np.linalg.eigvalsh(p.T @ hessian @ p)
     kappa = eigenvalues[-1] / eigenvalues[0]

@@ -131,6 +131,30 @@ def test_overwrites_with_the_gradient_what_flax_overwrites() -> None:
     assert_close(after.params["params"], expected.params)
 
 
+def test_statistics_of_a_tree_with_what_flax_overwrites() -> None:
+    key = "_overwrite_with_gradient"
+    params = {"params": PARAMS, key: {"scale": jnp.ones(())}}
+    state = TrainState.create(apply_fn=MODEL.apply, params=params, tx=bnp_optax.bnp_sgd(0.1))
+
+    def loss(params: Any) -> jax.Array:
+        return loss_fn(params["params"], BATCHES[0]) + 7.0 * params[key]["scale"]
+
+    _, grads, stats = bnp_optax.value_and_grad(loss)(params)
+    assert set(stats) == {"params/layers_0/kernel", "params/layers_2/kernel"}
+    after = state.apply_gradients(grads=grads, layer_stats=stats)
+    grads, stats = evaluated()[0]
+    expected = create(bnp_optax.bnp_sgd(0.1)).apply_gradients(grads=grads, layer_stats=stats)
+    assert_close(after.params["params"], expected.params, rtol=1e-6)
+    after.apply_gradients(grads={"params": grads, key: {"scale": jnp.ones(())}}, layer_stats=None)
+
+
+def test_layer_stats_given_to_the_train_state_of_flax() -> None:
+    grads, stats = evaluated()[0]
+    state = create(bnp_optax.bnp_sgd(0.1), train_state.TrainState)
+    with pytest.raises(ValueError, match=r"`layer_stats` was left out.*`bnp_optax\.TrainState`"):
+        state.apply_gradients(grads=grads, layer_stats=stats)
+
+
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_compiles_once_and_donates(name: str) -> None:
     n_traces = 0

@@ -21,18 +21,19 @@ def fixed(diagonal=DIAGONAL):
     def column(x):
         return jnp.asarray(diagonal, x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
-    def times(_, tree):
-        return jax.tree.map(lambda x: x * column(x), tree)
+    class Columns(bnp_optax.Operator):
+        def mv(self, z):
+            return jax.tree.map(lambda x: x * column(x), z)
 
-    def over(_, tree):
-        return jax.tree.map(lambda x: x / column(x), tree)
+        transpose = mv
+
+        def solve(self, p):
+            return jax.tree.map(lambda x: x / column(x), p)
 
     return bnp_optax.Preconditioner(
         init=lambda params: (),
         update=lambda grads, state, params, **extra: state,
-        apply=times,
-        apply_transpose=times,
-        solve=over,
+        operator=lambda state: Columns(),
     )
 
 

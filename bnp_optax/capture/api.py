@@ -1,114 +1,58 @@
-"""`find_layers`, `summarize` and `value_and_grad`: what users call to capture statistics."""
+"""`find_layers` and `value_and_grad`: what users call to capture statistics."""
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from bnp_optax._checks import check_choice, check_count
 from bnp_optax._tree import BIAS, KERNEL, is_named, named_leaves, quoted
-from bnp_optax.capture import jaxpr, linen
-from bnp_optax.capture.layer import Layer, idle_statistics
-from bnp_optax.capture.reading import ConvStatistics, Options
-from bnp_optax.statistics import LayerStats
-
-Capture = Literal["auto", "linen", "jaxpr"]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Discovery:
-    """What an abstract trace of a loss tells.
-
-    Attributes:
-      layers: The covered layers.
-      reasons: Why other leaves are not covered.
-      unused: Those on which the loss does not depend.
-    """
-
-    layers: dict[str, Layer]
-    reasons: dict[str, str]
-    unused: list[str]
+from bnp_optax.capture import covered
+from bnp_optax.capture.covered import Covered
+from bnp_optax.capture.moments import ConvStatistics, Options
+from bnp_optax.layers import by_convention, check_layers
+from bnp_optax.statistics import Layer, LayerStats
 
 
-def _options(
-    capture: Capture,
-    conv_statistics: ConvStatistics,
-    sample_rows: int | None,
-    embeddings: bool,
-    weighted: bool = False,
+def options_of(
+    conv_statistics: ConvStatistics, sample_rows: int | None, embeddings: bool
 ) -> Options:
-    check_choice("capture", capture, ("auto", "linen", "jaxpr"))
+    """The options, checked."""
     check_choice("conv_statistics", conv_statistics, ("channel", "patch"))
     check_count("sample_rows", sample_rows)
-    options = Options(conv_statistics, sample_rows, embeddings, weighted)
-    if capture == "linen" and options.need_jaxpr:
-        msg = (
-            f"{options.need_jaxpr} needs `capture='jaxpr'` or `'auto'`: the Linen engine sees a "
-            "layer's inputs, but not its window, lookups or steps in time."
-        )
-        raise ValueError(msg)
-    return options
-
-
-def _by_linen(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    capture: Capture,
-    options: Options,
-) -> _Discovery | None:
-    """What the Linen engine finds, or None if the loss is for the other engine."""
-    may_be_linen = linen.has_kernels(params) and not options.need_jaxpr
-    if capture == "jaxpr" or (capture == "auto" and not may_be_linen):
-        return None
-    found = _Discovery(*linen.discover(loss_fn, params, args, kwargs, options))
-    return found if found.layers or capture == "linen" else None
-
-
-def _discover(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    capture: Capture,
-    options: Options,
-) -> _Discovery:
-    found = _by_linen(loss_fn, params, args, kwargs, capture, options)
-    if found is not None:
-        return found
-    traced = jaxpr.find(loss_fn, params, args, kwargs, options)
-    return _Discovery(jaxpr.layers(traced), traced.reasons, traced.unused)
+    return Options(conv_statistics, sample_rows, embeddings)
 
 
 def find_layers(
     loss_fn: Callable[..., Any],
     params: Any,
     *args: Any,
-    capture: Capture = "auto",
     conv_statistics: ConvStatistics = "channel",
     embeddings: bool = False,
     **kwargs: Any,
 ) -> dict[str, Layer]:
     """The layers whose input statistics can be captured, found by an abstract trace (no FLOPs).
 
-    Filter the result and pass it as `layers=` to choose what is preconditioned; pass it whole to
-    give the optimizer its final shapes before the first step.
+    Pass the result, or a part of it, as `layers=` to choose what is captured and preconditioned,
+    and to give the optimizer its final shapes before the first step.
 
     Args:
-      loss_fn: A loss, `loss_fn(params, *args, **kwargs)`.
+      loss_fn: A loss, `loss_fn(params, *args, **kwargs)`, that returns a scalar, or a tuple with
+        the scalar first.
       params: The parameters, arrays or `jax.ShapeDtypeStruct`s.
       *args: Further arguments, likewise.
-      capture: As in `value_and_grad`.
       conv_statistics: As in `value_and_grad`; it decides the statistics' shapes.
       embeddings: As in `value_and_grad`.
       **kwargs: Further keyword arguments.
 
     Returns:
       A dict from kernel name to `Layer`.
+
+    Raises:
+      ValueError: If a leaf of `params` is no array, or an option is not one of those above.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -121,117 +65,15 @@ def find_layers(
       >>> {name: (layer.kind, layer.fan_in) for name, layer in layers.items()}
       {'layers_0/kernel': ('Dense', 3), 'layers_2/kernel': ('Dense', 8)}
     """
-    options = _options(capture, conv_statistics, None, embeddings)
-    return _discover(loss_fn, params, args, kwargs, capture, options).layers
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """Every kernel of a loss: the covered ones, and why the others are not. `print` it.
-
-    Attributes:
-      layers: The covered layers by kernel name.
-      uncovered: Reason by leaf name, for every other leaf of two or more axes but biases.
-      shapes: Shape by leaf name, of all of these.
-    """
-
-    layers: dict[str, Layer]
-    uncovered: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
-
-    def __str__(self) -> str:
-        """A table with a row for each kernel."""
-        header = ("kernel", "layer", "shape", "fan-in", "positions", "q²", "bias", "covered")
-        rows: list[tuple[str, ...]] = [header]
-        for name, shape in self.shapes.items():
-            text = "x".join(map(str, shape))
-            layer = self.layers.get(name)
-            if layer is None:
-                rows.append((name, "", text, "", "", "", "", f"no: {self.uncovered[name]}"))
-            else:
-                bias = "yes" if layer.bias else "no"
-                fan_in, q_squared = str(layer.fan_in), f"{layer.q_squared:.4g}"
-                positions = str(layer.positions)
-                facts = (layer.kind, text, fan_in, positions, q_squared, bias)
-                rows.append((name, *facts, f"yes, by {layer.engine}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        n_entries = sum(math.prod(shape) for shape in self.shapes.values())
-        n_covered = sum(math.prod(self.shapes[name]) for name in self.layers)
-        share = 100 * n_covered / n_entries if n_entries else 0.0
-        lines.append(
-            f"{len(self.layers)} of {len(self.shapes)} kernels covered, "
-            f"{share:.1f}% of their {n_entries:,} entries."
-        )
-        return "\n".join(lines)
-
-
-def summarize(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    *args: Any,
-    capture: Capture = "auto",
-    embeddings: bool = False,
-    **kwargs: Any,
-) -> Summary:
-    """What is preconditioned and what is not, and why: print the result.
-
-    Lists every floating-point leaf that is covered or has two or more axes, but for biases. q² is
-    that of one call of the layer on these arguments.
-
-    Args:
-      loss_fn: As for `find_layers`.
-      params: As for `find_layers`.
-      *args: Further arguments of the loss.
-      capture: As in `value_and_grad`.
-      embeddings: As in `value_and_grad`.
-      **kwargs: Further keyword arguments of the loss.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import flax.linen as nn
-      >>> import bnp_optax
-      >>> model, x = nn.Sequential([nn.Embed(10, 4), nn.Dense(2)]), jnp.ones((8,), jnp.int32)
-      >>> params = model.init(jax.random.key(0), x)["params"]
-      >>> loss_fn = lambda p: jnp.mean(model.apply({"params": p}, x) ** 2)
-      >>> print(bnp_optax.summarize(loss_fn, params))
-      kernel              layer  shape  fan-in  positions  q²  bias  covered
-      ------------------  -----  -----  ------  ---------  --  ----  ---------------------------
-      layers_0/embedding         10x4                                no: not a kernel of a layer
-      layers_1/kernel     Dense  4x2    4       1          1   yes   yes, by linen
-      1 of 2 kernels covered, 16.7% of their 48 entries.
-    """
-    options = _options(capture, "channel", None, embeddings)
-    found = _discover(loss_fn, params, args, kwargs, capture, options)
-    layers = found.layers
-    biases = {layer.bias for layer in layers.values()}
-    shapes = {
-        name: tuple(leaf.shape)
-        for name, leaf in named_leaves(params).items()
-        if name in layers or (name not in biases and _may_be_kernel(name, leaf))
-    }
-    uncovered = {
-        name: found.reasons.get(name, "not a kernel of a layer")
-        for name in shapes
-        if name not in layers
-    }
-    return Summary(layers, uncovered, shapes)
-
-
-def _may_be_kernel(name: str, leaf: Any) -> bool:
-    is_matrix = len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.inexact)
-    return is_matrix and not is_named(name, BIAS)
+    options = options_of(conv_statistics, None, embeddings)
+    found = covered.find(loss_fn, params, args, kwargs, options)
+    return {name: kernel.layer for name, kernel in found.kernels.items()}
 
 
 def value_and_grad(
     loss_fn: Callable[..., Any],
     has_aux: bool = False,
     layers: Mapping[str, Layer] | None = None,
-    capture: Capture = "auto",
     *,
     conv_statistics: ConvStatistics = "channel",
     sample_rows: int | None = None,
@@ -242,36 +84,37 @@ def value_and_grad(
     """`jax.value_and_grad` that also returns the statistics of every layer's inputs.
 
     The network is run once and is not changed. The value and the gradient are those that
-    `jax.value_and_grad` gives.
+    `jax.value_and_grad` gives, for every loss.
 
-    There are two engines. `'linen'` captures by Flax's interceptors; while it is differentiated,
-    the loss sees beside each kernel a leaf of zeros more than `params` has. `'jaxpr'` works for
-    any JAX code (NNX, Equinox, Haiku, functions of arrays): it finds the products that parameters
-    enter in what the loss is traced to, through `jit`, `checkpoint`, `scan`, `cond`, `vmap`,
-    `shard_map`, and functions with derivatives of their own. `'auto'` takes Linen's where the loss
-    runs Linen layers, else the other.
+    It works for any JAX code: Flax Linen and NNX, Equinox, Haiku, functions of arrays. The loss is
+    traced, and the parameters are followed into the products that they enter, through `jit`,
+    `checkpoint`, `scan`, `cond`, `vmap`, `shard_map`, and functions with derivatives of their own.
+    Statistics are of the rows that the kernel's gradient comes from: those that reach the loss only
+    through `stop_gradient` do not count, nor do the products of derivatives that the loss takes
+    by its inputs, nor the same rows again. Use it under `jax.jit`.
 
-    Use it under `jax.jit`. Under data parallelism with explicit collectives, average the
-    statistics like the gradients: `jax.lax.pmean(stats, axis_name)`.
+    Under data parallelism with explicit collectives, average the statistics like the gradients:
+    `jax.lax.pmean(stats, axis_name)`. Derivatives through `value_and_grad` hold the statistics
+    constant.
 
     Args:
       loss_fn: The loss, `loss_fn(params, *args, **kwargs)`; returns a scalar, or
         `(scalar, aux)` with `has_aux`.
       has_aux: As in `jax.value_and_grad`.
-      layers: The layers to capture, from `find_layers`; None finds all of them at trace time.
-      capture: `'linen'`, `'jaxpr'`, or `'auto'`.
+      layers: The layers to capture: what `find_layers` returns, or a part of it; None finds all of
+        them at trace time.
       conv_statistics: Of convolutions: `'channel'` takes the moments of each channel of the
         feature map, (21) and (22) of the JMLR paper; `'patch'` those of the entries that each
-        kernel entry meets, zeros of the padding included, (19) and (20), by the jaxpr engine.
-        They differ at the map's border only (Proposition 10).
+        kernel entry meets, zeros of the padding included, (19) and (20). They differ at the map's
+        border only (Proposition 10).
       sample_rows: Take the statistics from this many rows of the batch (examples, positions of a
         sequence, pixels), spread evenly and always the same; None for all. `count` stays that
         of the whole batch.
       embeddings: Whether to cover tables that rows are looked up in, as layers without a bias of
-        one-hot inputs, whose mean is the row's frequency (by the jaxpr engine).
+        one-hot inputs, whose mean is the row's frequency.
       weights: A function of the loss's arguments, `weights(*args, **kwargs)`, that returns weights
         >= 0 of shape (batch,), or (batch, length) such as a padding mask: rows of weight 0 do not
-        count (by the jaxpr engine). It changes the statistics only, not the loss.
+        count. It changes the statistics only, not the loss.
       fixed: Statistics from `dataset_statistics`, returned as they are for layers that then cost
         nothing.
 
@@ -302,75 +145,88 @@ def value_and_grad(
       >>> loss_fn = lambda p, x: jnp.mean((jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"]) ** 2)
       >>> params = {"w1": jnp.ones((3, 2)), "b1": jnp.zeros(2), "w2": jnp.ones((2, 1))}
       >>> loss, grads, stats = jax.jit(bnp_optax.value_and_grad(loss_fn))(params, x)
-      >>> {name: (s.bias, s.mean.shape) for name, s in stats.items()}
+      >>> {name: (s.layer.bias, s.mean.shape) for name, s in stats.items()}
       {'w1': ('b1', (3, 1)), 'w2': (None, (2, 1))}
     """
-    options = _options(capture, conv_statistics, sample_rows, embeddings, weights is not None)
+    options = options_of(conv_statistics, sample_rows, embeddings)
+    check_layers(layers)
 
     @functools.wraps(loss_fn)
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, LayerStats]]:
         leaves = named_leaves(params)
         known = dict(fixed or {})
-        _check_names("fixed", dict.fromkeys(known), leaves)
-        chosen, unused = None if layers is None else dict(layers), []
-        if chosen is not None:
-            _check_names("layers", {n: layer.kernel_shape for n, layer in chosen.items()}, leaves)
-        if chosen and capture == "auto":
-            engines = {layer.engine for layer in chosen.values()}
-            by_linen = engines == {"linen"} and not options.need_jaxpr
-        elif chosen:
-            by_linen = capture == "linen"
-        else:
-            found = _by_linen(loss_fn, params, args, kwargs, capture, options)
-            by_linen = found is not None
-            if found is not None:
-                chosen, unused = found.layers, found.unused
-                _check_any(found, leaves)
-        if by_linen:
-            captured = {n: layer for n, layer in (chosen or {}).items() if n not in known}
-            value, grads, stats = linen.value_and_grad(
-                loss_fn, captured, params, args, kwargs, has_aux, options
-            )
-            stats |= {name: idle_statistics(name, leaves) for name in unused}
-        else:
-            value, grads, stats = jaxpr.value_and_grad(
-                loss_fn,
-                chosen,
-                params,
-                args,
-                kwargs,
-                has_aux,
-                options,
-                left_out=known,
-                weights=None if weights is None else jnp.asarray(weights(*args, **kwargs)),
-            )
+        _check_names("fixed", dict.fromkeys(known, ()), leaves)
+        if layers is not None:
+            _check_names("layers", {n: layer.kernel_shape for n, layer in layers.items()}, leaves)
+        found = covered.find(loss_fn, params, args, kwargs, options)
+        wanted = found.kernels if layers is None else [n for n in layers if n in found.kernels]
+        names = [name for name in wanted if name not in known]
+        row_weights = None if weights is None else jnp.asarray(weights(*args, **kwargs))
+
+        def instrumented(params: Any) -> tuple[Any, Any]:
+            flat = jax.tree.leaves(params)
+            outputs, measures = covered.measure(found, names, flat, row_weights)
+            # The loss is the first array; what is no array never leaves the function.
+            return outputs[0], (outputs, lax.stop_gradient(measures))
+
+        (_, (outputs, measures)), grads = jax.value_and_grad(instrumented, has_aux=True)(params)
+        # After JAX has said what it does not differentiate.
+        _check_found(found, layers)
+        value = found.rebuild(outputs)
+        _check_value(value, has_aux)
+        stats = covered.statistics(found, measures)
+        for name in found.unused:
+            if layers is not None and name in layers:
+                stats[name] = covered.idle_statistics(layers[name])
+            elif layers is None and is_named(name, KERNEL):
+                idle = by_convention(name, tuple(jnp.shape(leaves[name])), leaves)
+                stats |= {name: covered.idle_statistics(idle)} if idle else {}
         return value, grads, stats | known
 
     return wrapped
 
 
-def _check_any(found: _Discovery, leaves: Mapping[str, Any]) -> None:
-    """Raise if the Linen engine, asked for by name, finds nothing."""
-    if found.layers:
-        return
-    kernels = "; ".join(f"`{name}`: {reason}" for name, reason in found.reasons.items())
-    msg = (
-        "The loss runs no Linen layer whose inputs could be captured "
-        f"({kernels or f'no leaf is named `{KERNEL}`'}). Call a `flax.linen` model in the loss "
-        "with the `params` that it is given, or capture with `capture='jaxpr'`."
-    )
-    raise ValueError(msg)
+def _check_value(value: Any, has_aux: bool) -> None:
+    """Raise unless the loss returned what `has_aux` says."""
+    if has_aux and not (isinstance(value, tuple) and len(value) == 2):
+        msg = f"With `has_aux=True` the loss must return `(scalar, aux)`, got a {type(value)}."
+        raise TypeError(msg)
+    if not has_aux and not isinstance(value, jax.Array):
+        msg = f"The loss must return a scalar, got a {type(value)}; for aux pass `has_aux=True`."
+        raise TypeError(msg)
+
+
+def _check_found(found: Covered, layers: Mapping[str, Layer] | None) -> None:
+    """Raise if nothing, or not all that was asked for, can be measured."""
+    if layers is not None:
+        for name in layers:
+            if name in found.reasons and name not in found.unused:
+                msg = (
+                    f"`layers` has `{name}`, whose inputs cannot be captured: "
+                    f"{found.reasons[name]}. Leave it out, or call `bnp_optax.find_layers` on this "
+                    "loss."
+                )
+                raise ValueError(msg)
+    elif not found.kernels:
+        shown = [f"`{n}`: {why}" for n, why in found.reasons.items() if not is_named(n, BIAS)][:8]
+        msg = (
+            "The loss multiplies no inputs with a parameter, so there is nothing to capture "
+            f"({'; '.join(shown) or 'there are no parameters'}). Compute the loss from the "
+            "`params` that it is given, or use `jax.value_and_grad` if there is nothing to "
+            "precondition."
+        )
+        raise ValueError(msg)
 
 
 def _check_names(
-    argument: str, shapes: Mapping[str, tuple[int, ...] | None], leaves: Mapping[str, Any]
+    argument: str, shapes: Mapping[str, tuple[int, ...]], leaves: Mapping[str, Any]
 ) -> None:
     """Raise unless `params` has kernels of these names, and of these shapes if given."""
     for name, expected in shapes.items():
-        shape = tuple(leaves[name].shape) if name in leaves else None
-        if shape is None or expected not in (None, shape):
+        shape = tuple(jnp.shape(leaves[name])) if name in leaves else None
+        if shape is None or expected not in ((), shape):
             kernels = [leaf for leaf in leaves if is_named(leaf, KERNEL)] or list(leaves)
-            of_shape = "" if expected is None else f" of shape {expected}"
+            of_shape = f" of shape {expected}" if expected else ""
             msg = (
                 f"`{argument}` has `{name}`{of_shape}, but `params` has "
                 f"{'no such leaf' if shape is None else f'it with shape {shape}'}. The kernels "

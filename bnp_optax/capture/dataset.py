@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnp_optax._checks import check_choice
-from bnp_optax.capture import jaxpr
-from bnp_optax.capture.layer import statistics
-from bnp_optax.capture.reading import ConvStatistics, Options
+from bnp_optax.capture import covered
+from bnp_optax.capture.api import options_of
+from bnp_optax.capture.moments import ConvStatistics, Options
 from bnp_optax.statistics import LayerStats
 
 
@@ -20,6 +19,7 @@ def dataset_statistics(
     batches: Iterable[Any],
     *,
     conv_statistics: ConvStatistics = "channel",
+    embeddings: bool = False,
 ) -> dict[str, LayerStats]:
     """Input statistics over all of `batches`, of the layers whose inputs are the data's alone.
 
@@ -31,6 +31,7 @@ def dataset_statistics(
       params: The parameters; their values do not matter.
       batches: The data: tuples of arguments of the loss, or single ones.
       conv_statistics: As in `value_and_grad`.
+      embeddings: As in `value_and_grad`.
 
     Returns:
       A dict from kernel name to `LayerStats`: mean and variance over all rows of all batches, with
@@ -52,8 +53,8 @@ def dataset_statistics(
       >>> sorted(stats)
       ['w1', 'w2']
     """
-    check_choice("conv_statistics", conv_statistics, ("channel", "patch"))
-    measure = jax.jit(lambda params, batch: _of_batch(loss_fn, params, batch, conv_statistics))
+    options = options_of(conv_statistics, None, embeddings)
+    measure = jax.jit(lambda params, batch: _of_batch(loss_fn, params, batch, options))
     parts = [jax.device_get(measure(params, _arguments(batch))) for batch in batches]
     if not parts:
         msg = "`batches` is empty: statistics need data."
@@ -66,13 +67,13 @@ def _arguments(batch: Any) -> tuple[Any, ...]:
 
 
 def _of_batch(
-    loss_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...], conv: ConvStatistics
+    loss_fn: Callable[..., Any], params: Any, batch: tuple[Any, ...], options: Options
 ) -> dict[str, LayerStats]:
-    found = jaxpr.find(loss_fn, params, batch, {}, Options(conv))
+    found = covered.find(loss_fn, params, batch, {}, options)
     names = [
         name
         for name, kernel in found.kernels.items()
-        if not any(jaxpr.innermost(use).depends for use in kernel.uses)
+        if not any(use.innermost.depends for use in kernel.uses)
     ]
     if not names:
         msg = (
@@ -80,7 +81,8 @@ def _of_batch(
             "before it (an embedding or a learned scale, say). Leave out `dataset_statistics`."
         )
         raise ValueError(msg)
-    return jaxpr.measured(found, names, params)
+    _, measures = covered.measure(found, names, jax.tree.leaves(params), None)
+    return covered.statistics(found, measures)
 
 
 def _of_all(parts: list[LayerStats]) -> LayerStats:
@@ -94,14 +96,9 @@ def _of_all(parts: list[LayerStats]) -> LayerStats:
     mean = mean_of([part.mean for part in parts])
     within = mean_of([part.total_variance for part in parts])
     between = mean_of([(np.asarray(part.mean, np.float64) - mean) ** 2 for part in parts])
-    first = parts[0]
-    return statistics(
+    return LayerStats.of_batch(
         jnp.asarray(mean, jnp.float32),
         jnp.asarray(within + between, jnp.float32),
-        None,
         jnp.asarray(counts.max(), jnp.float32),
-        kernel=first.kernel,
-        bias=first.bias,
-        input_axes=first.input_axes,
-        positions=first.positions,
+        parts[0].layer,
     )

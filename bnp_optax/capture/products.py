@@ -1,75 +1,91 @@
 """Equations that multiply inputs with parameters: what they sum over, and what is measured."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bnp_optax.capture import reading, views
-from bnp_optax.capture.reading import Options, Reading, Window
+from bnp_optax.capture import moments, views
+from bnp_optax.capture.moments import Moments, Options, Weights, Window
 from bnp_optax.capture.views import View
 
 
-class Multiplied(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Product:
     """A product of inputs with a view of parameters.
 
     Attributes:
       view: Of the parameters; of a convolution's with the axes in the order of a kernel's.
-      inputs: The variable that holds them.
-      measure: Reads the inputs.
+      inputs: The variable that holds the inputs.
+      measure: The moments of such inputs, in the view's layout.
+      summed: Axes of `view` that are summed over.
+      varying: Axes of `view` along which the moments vary.
       batch: Axes of `view` along which there is a product each.
       out_axes: For each axis of the result that of `view` along it, or None.
-      kind: Of the layer.
+      positions: Output positions that share the kernel.
+      count: Batch size x positions.
+      kind: Of the layer: `'Dense'`, `'Conv'` or `'Embed'`.
+      window: Axes of the inputs that a window slides over.
     """
 
     view: View
     inputs: Any
-    measure: Callable[[Any], Reading]
+    measure: Callable[[Any, Weights], Moments]
+    summed: Sequence[int]
+    varying: Sequence[int]
     batch: Sequence[int]
     out_axes: Sequence[int | None]
+    positions: int
+    count: Any
     kind: str
+    window: Sequence[int] = ()
 
 
-def dot_general(eqn: Any, side: int, view: View, options: Options) -> Multiplied | str:
+def dot_general(eqn: Any, side: int, view: View, options: Options) -> Product | str:
     """A `dot_general` whose operand `side` is `view`, or why it is no layer's product."""
     contract, batch = eqn.params["dimension_numbers"]
     inputs = eqn.invars[1 - side]
     if not contract[side]:
         return "dot_general that sums over none of its axes"
-    met = dict(zip(contract[side], contract[1 - side], strict=True))
-    summed = set(met.values())
     # Along axes of copies a parameter is one, so these are averaged over like rows.
-    met |= {
+    met = {
         ours: theirs
         for ours, theirs in zip(batch[side], batch[1 - side], strict=True)
         if not view.is_filled(ours)
     }
+    met |= dict(zip(contract[side], contract[1 - side], strict=True))
     axes = range(len(view.shape))
     axis_of = tuple(met.get(axis) for axis in axes)
     free = [axis for axis in axes if axis not in contract[side] and axis not in batch[side]]
-    rest = [None] * (len(inputs.aval.shape) - len(contract[1 - side]) - len(batch[1 - side]))
-    return Multiplied(
-        view,
-        inputs,
-        lambda x: reading.contraction(x, axis_of, summed, options),
-        batch[side],
-        [*batch[side], *((free + rest) if side == 0 else (rest + free))],
-        "Dense",
+    shape = inputs.aval.shape
+    rest = [None] * (len(shape) - len(contract[1 - side]) - len(batch[1 - side]))
+    return Product(
+        view=view,
+        inputs=inputs,
+        measure=lambda x, weights: moments.contraction(x, axis_of, weights, options),
+        summed=tuple(contract[side]),
+        varying=tuple(met),
+        batch=batch[side],
+        out_axes=[*batch[side], *((free + rest) if side == 0 else (rest + free))],
+        positions=1,
+        count=math.prod(n for axis, n in enumerate(shape) if axis not in met.values()),
+        kind="Dense",
     )
 
 
-def conv(eqn: Any, kernel: View, options: Options) -> Multiplied | str:
+def conv(eqn: Any, kernel: View, options: Options) -> Product | str:
     """A convolution with `kernel`, or why it is no layer's product."""
     params = eqn.params
     if params["batch_group_count"] != 1:
         return "conv_general_dilated with batch groups"
-    numbers = params["dimension_numbers"]
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     to_standard = (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
     inputs_first = (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
     standard = views.transpose(kernel, to_standard)
-    out_shape = eqn.outvars[0].aval.shape
+    inputs, out_shape = eqn.invars[0], eqn.outvars[0].aval.shape
     window = Window(
         sizes=standard.shape[:-2],
         strides=tuple(params["window_strides"]),
@@ -78,19 +94,29 @@ def conv(eqn: Any, kernel: View, options: Options) -> Multiplied | str:
         kernel_dilation=tuple(params["rhs_dilation"]),
         outputs=tuple(out_shape[axis] for axis in numbers.out_spec[2:]),
     )
+    last = len(standard.shape) - 1
+    features, positions = standard.shape[last], math.prod(window.outputs)
 
-    def measure(x: Any) -> Reading:
-        if isinstance(x, jax.ShapeDtypeStruct):
-            x = jax.ShapeDtypeStruct([x.shape[axis] for axis in inputs_first], x.dtype)
-        else:
-            x = jnp.transpose(x, inputs_first)
-        groups = params["feature_group_count"]
-        positions, features = math.prod(window.outputs), standard.shape[-1]
-        return reading.convolution(x, positions, features, groups, options, window)
+    def measure(x: Any, weights: Weights) -> Moments:
+        x = jnp.transpose(x, inputs_first)
+        return moments.convolution(x, features, groups, window, weights, options)
 
+    varying = range(last) if options.conv_statistics == "patch" else [last - 1]
     out_axes: list[int | None] = [None] * len(out_shape)
-    out_axes[numbers.out_spec[1]] = len(standard.shape) - 1
-    return Multiplied(standard, eqn.invars[0], measure, (), out_axes, "Conv")
+    out_axes[numbers.out_spec[1]] = last
+    return Product(
+        view=standard,
+        inputs=inputs,
+        measure=measure,
+        summed=range(last),
+        varying=[*varying, *([last] if groups > 1 else [])],
+        batch=(),
+        out_axes=out_axes,
+        positions=positions,
+        count=inputs.aval.shape[numbers.lhs_spec[0]] * positions,
+        kind="Conv",
+        window=numbers.lhs_spec[2:] if options.conv_statistics == "channel" else (),
+    )
 
 
 def takes_rows(eqn: Any, table: View) -> bool:
@@ -104,12 +130,23 @@ def takes_rows(eqn: Any, table: View) -> bool:
     )
 
 
-def lookup(eqn: Any, table: View, options: Options) -> Multiplied:
+def lookup(eqn: Any, table: View, options: Options) -> Product:
     """A `gather` of rows of `table`, as a product with one-hot inputs."""
     n_rows, n_features = table.shape[0], len(table.shape) - 1
-    nowhere = [None] * len(eqn.outvars[0].aval.shape)
+    indices = eqn.invars[1]
 
-    def measure(x: Any) -> Reading:
-        return reading.lookup(x, n_rows, n_features, options)
+    def measure(x: jax.Array, weights: Weights) -> Moments:
+        return moments.lookup(x, n_rows, n_features, weights, options)
 
-    return Multiplied(table, eqn.invars[1], measure, (), nowhere, "Embed")
+    return Product(
+        view=table,
+        inputs=indices,
+        measure=measure,
+        summed=(0,),
+        varying=(0,),
+        batch=(),
+        out_axes=[None] * len(eqn.outvars[0].aval.shape),
+        positions=1,
+        count=math.prod(indices.aval.shape),
+        kind="Embed",
+    )

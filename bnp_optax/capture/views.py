@@ -1,7 +1,10 @@
 """How parameters look by the time they meet an input: cast, transposed, reshaped, sliced, joined.
 
 A `View` is an array that holds entries of parameters, and knows how to bring statistics in its own
-layout back into theirs.
+layout back into theirs. A kernel in PyTorch's layout is an example: in `x @ W.T` the parameter W
+has the shape (out, in), and what x meets is the view W.T of shape (in, out), of which axis 0 runs
+along W's axis 1 and axis 1 along W's axis 0. The mean of x comes in the layout of the view, as
+(in, 1). The view's one step, a transposition, brings it into W's, as (1, in).
 """
 
 import dataclasses
@@ -53,6 +56,8 @@ class Piece:
       steps: What brings a `Measure` in the view's layout into the parameter's, last one first.
       reads: Whether a step reads variables of the jaxpr.
       cuts: Axes of the parameter of which the view holds a single place, each with that place.
+      varying: Axes of the parameter along which the steps make statistics vary.
+      gathered: Mesh axes that the view was gathered over from the parameter's shards.
     """
 
     root: int
@@ -60,6 +65,8 @@ class Piece:
     steps: tuple[Step, ...] = ()
     reads: bool = False
     cuts: frozenset[tuple[int, Any]] = frozenset()
+    varying: frozenset[int] = frozenset()
+    gathered: frozenset[str] = frozenset()
 
     def pull(self, measure: Measure, read: Read) -> Measure:
         """`measure` in the parameter's layout; `read` gives values of the jaxpr's variables."""
@@ -76,11 +83,20 @@ class View:
       shape: Of the array.
       pieces: One for each parameter.
       altered: What changed the values on the way, if anything did.
+      scale: The number that the entries were multiplied by on the way.
+      scaled: What multiplied them, if anything did.
+      data: Whether numbers that depend on data were among what changed the values. Then it may
+        be a kernel divided by its norm, or as well an activation.
+      before: The view that this one is a reshape of, if it is one.
     """
 
     shape: Shape
     pieces: tuple[Piece, ...]
     altered: str | None = None
+    scale: float = 1.0
+    scaled: str | None = None
+    data: bool = False
+    before: "View | None" = None
 
     def is_filled(self, axis: int) -> bool:
         """Whether entries along `axis` are copies of one another."""
@@ -101,7 +117,7 @@ def _through(
         )
         for piece in view.pieces
     )
-    return dataclasses.replace(view, shape=shape, pieces=pieces)
+    return dataclasses.replace(view, shape=shape, pieces=pieces, before=None)
 
 
 def transpose(view: View, permutation: tuple[int, ...]) -> View:
@@ -145,6 +161,8 @@ def reshape(view: View, shape: Shape) -> View:
     """The entries in another shape."""
     if 0 in view.shape:
         return dataclasses.replace(view, shape=shape, pieces=())
+    if view.before is not None and view.before.shape == shape:
+        return view.before
     old = view.shape
     parts = groups(old, shape)
 
@@ -167,7 +185,8 @@ def reshape(view: View, shape: Shape) -> View:
                     full[j] = shape[j]
         return jnp.broadcast_to(x, full).reshape(final)
 
-    return _through(view, shape, axes_of, lambda measure, _: measure.map(back))
+    new = _through(view, shape, axes_of, lambda measure, _: measure.map(back))
+    return dataclasses.replace(new, before=view)
 
 
 def broadcast(view: View, shape: Shape, dimensions: tuple[int, ...]) -> View:
@@ -182,7 +201,7 @@ def broadcast(view: View, shape: Shape, dimensions: tuple[int, ...]) -> View:
 
     def axes_of(axes: Axes) -> Axes:
         return tuple(
-            axes[dimensions.index(axis)] if axis in dimensions else frozenset()
+            frozenset() if axis in copied else axes[dimensions.index(axis)]
             for axis in range(len(shape))
         )
 
@@ -265,36 +284,63 @@ def sliced(
         dataclasses.replace(
             piece,
             cuts=piece.cuts | {(k, places[axis]) for axis in single for k in piece.axes[axis]},
+            varying=piece.varying.union(*(piece.axes[axis] for axis in cut)),
         )
         for piece in new.pieces
     )
     return dataclasses.replace(new, pieces=pieces)
 
 
-def concatenate(operands: list[tuple[Shape, View | None]], axis: int) -> View | None:
-    """Arrays joined along an axis, some of them views."""
+def concatenate(operands: list[View], axis: int) -> View | None:
+    """Views joined along an axis; None if they were scaled by different numbers."""
     pieces: list[Piece] = []
-    altered = None
     offset = 0
-    for shape, view in operands:
-        if view is not None:
-            start, stop = offset, offset + shape[axis]
+    for view in operands:
+        start, stop = offset, offset + view.shape[axis]
 
-            def cut(measure: Measure, _: Read, start: int = start, stop: int = stop) -> Measure:
-                return measure.map(
-                    lambda x: (
-                        jax.lax.slice_in_dim(x, start, stop, axis=axis) if x.shape[axis] > 1 else x
-                    )
+        def cut(measure: Measure, _: Read, start: int = start, stop: int = stop) -> Measure:
+            return measure.map(
+                lambda x: (
+                    jax.lax.slice_in_dim(x, start, stop, axis=axis) if x.shape[axis] > 1 else x
                 )
+            )
 
-            pieces += [dataclasses.replace(p, steps=(*p.steps, cut)) for p in view.pieces]
-            altered = altered or view.altered
-        offset += shape[axis]
-    if not pieces:
+        pieces += [dataclasses.replace(p, steps=(*p.steps, cut)) for p in view.pieces]
+        offset = stop
+    if len({view.scale for view in operands}) > 1:
         return None
-    joined = list(operands[0][0])
+    joined = list(operands[0].shape)
     joined[axis] = offset
-    return View(tuple(joined), tuple(pieces), altered)
+    altered = next((view.altered for view in operands if view.altered), None)
+    data = any(view.data for view in operands)
+    first = operands[0]
+    return View(tuple(joined), tuple(pieces), altered, first.scale, first.scaled, data)
+
+
+def gather(view: View, shape: Shape, mesh_axis: str, axis: int, tiled: bool) -> View:
+    """The shards of all devices along a mesh axis, joined along `axis` or stacked on a new one."""
+    size = view.shape[axis] if tiled else 1
+
+    def step(measure: Measure, _: Read) -> Measure:
+        # Every device has measured with the whole kernel. The union of what they have found is
+        # cut into shards.
+        every = measure.map(lambda x: jax.lax.all_gather(x, mesh_axis))
+        whole = average(every, (0,)).map(lambda x: jnp.squeeze(x, 0))
+        start = jax.lax.axis_index(mesh_axis) * size
+
+        def cut(x: jax.Array) -> jax.Array:
+            if x.shape[axis] > 1:
+                x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+            return x if tiled else jnp.squeeze(x, axis)
+
+        return whole.map(cut)
+
+    def axes_of(axes: Axes) -> Axes:
+        return axes if tiled else (*axes[:axis], frozenset(), *axes[axis:])
+
+    new = _through(view, shape, axes_of, step)
+    pieces = (dataclasses.replace(p, gathered=p.gathered | {mesh_axis}) for p in new.pieces)
+    return dataclasses.replace(new, pieces=tuple(pieces))
 
 
 def average(measure: Measure, axes: tuple[int, ...]) -> Measure:

@@ -9,7 +9,7 @@ import jax
 import jax.core
 import numpy as np
 
-from bnp_optax.preconditioners.base import check_preconditioner
+from bnp_optax.preconditioners.base import Operator, Preconditioner, check_preconditioner
 
 
 def is_concrete(*values: Any) -> bool:
@@ -47,18 +47,25 @@ def check_curvature(name: str, value: Any) -> None:
         raise ValueError(msg)
 
 
-def check_pair(preconditioner: Any, state: Any) -> None:
-    """Raise unless a preconditioner and its state come together, or neither."""
+def operator_of(preconditioner: Preconditioner | Operator | None, state: Any) -> Operator | None:
+    """P, from a preconditioner with its state, or given itself; None for neither.
+
+    Raises:
+      ValueError: If a preconditioner or a state is given without the other.
+    """
     if preconditioner is None and state is None:
-        return
+        return None
+    if isinstance(preconditioner, Operator) and state is None:
+        return preconditioner
     if preconditioner is None or state is None:
         given, missing = ("state", "preconditioner") if state is not None else (
             "preconditioner", "state"
         )  # fmt: skip
         msg = (
-            f"`{given}` was given without `{missing}`. Pass both, `preconditioner=P, "
-            "state=P_state`; the state of P is `opt_state.preconditioner` of `in_zspace`, and that "
-            "of `precondition` itself."
+            f"`{given}` was given without `{missing}`. Pass both, `preconditioner=bnp(), "
+            "state=its_state`; the state of P is `opt_state.preconditioner` of `in_zspace`, and "
+            "that of `precondition` itself. An `Operator` needs no state."
         )
         raise ValueError(msg)
-    check_preconditioner(preconditioner)
+    checked = check_preconditioner(preconditioner)
+    return checked.operator(state)

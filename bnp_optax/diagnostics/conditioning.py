@@ -8,9 +8,10 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from bnp_optax._tree import BIAS, named_leaves, sibling
+from bnp_optax._tree import quoted
 from bnp_optax.diagnostics.checks import check_matrix, is_concrete
-from bnp_optax.preconditioners.bnp import BNPState
+from bnp_optax.layers import Layers
+from bnp_optax.preconditioners.bnp_operator import Scaling, bnp_states, over_inputs, scalings
 
 
 def condition_number(matrix: ArrayLike, *, symmetric: bool = False) -> float | Float[Array, ""]:
@@ -97,7 +98,7 @@ def extended_inputs(h: ArrayLike) -> Float[Array, "*batch n+1"]:
     return jnp.concatenate([jnp.ones((*h.shape[:-1], 1), h.dtype), h], axis=-1)
 
 
-def conditioning(state: Any) -> dict[str, Float[Array, ""]]:
+def conditioning(state: Any, layers: Layers | None = None) -> dict[str, Float[Array, ""]]:
     r"""kappa(D) of every layer that `bnp` preconditions, from its running statistics.
 
         D = diag(1, 1/sigma~),   kappa(D) = max D / min D
@@ -114,14 +115,15 @@ def conditioning(state: Any) -> dict[str, Float[Array, ""]]:
     Args:
       state: A `BNPState`, or anything that contains one: a whole optimizer state, of `chain`,
         `in_zspace`, `masked`, `partition` and so on, or a `TrainState`.
+      layers: The layers to tell of, from `find_layers`; None for all.
 
     Returns:
       A dict from kernel name to kappa(D) >= 1. The units of a grouped convolution, or of layers
       stacked by `nn.scan` or `nn.vmap`, have a D for each group or layer: the largest kappa is
-      given. (Without a bias stacked layers cannot be told from input axes and count as one.)
+      given. 1 before the first statistics.
 
     Raises:
-      ValueError: If there is no `BNPState` in `state`.
+      ValueError: If there is no `BNPState` in `state`, or `layers` has a kernel that it has not.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -139,38 +141,31 @@ def conditioning(state: Any) -> dict[str, Float[Array, ""]]:
 
     Source: Lange, Helfrich, Ye, JMLR 2022, Section 3.3, after Theorem 4, and Figure 8.
     """
-
-    def is_bnp(node: Any) -> bool:
-        return isinstance(node, BNPState)
-
-    states = [node for node in jax.tree.leaves(state, is_leaf=is_bnp) if is_bnp(node)]
-    if not states:
+    found = bnp_states(state)
+    if not found:
         msg = (
             f"`state` holds no `BNPState`, got a `{type(state).__name__}`. Pass the state of "
             "`bnp` or of an optimizer that contains it, such as `bnp_sgd`."
         )
         raise ValueError(msg)
     result: dict[str, Array] = {}
-    for bnp_state in states:
-        for name, kappa in _of_layers(bnp_state).items():
-            result[name] = jnp.maximum(kappa, result[name]) if name in result else kappa
+    for bnp_state in found:
+        for name, one in scalings(bnp_state).items():
+            if layers is None or name in layers:
+                kappa = _kappa(one)
+                result[name] = jnp.maximum(kappa, result[name]) if name in result else kappa
+    missing = [name for name in layers or () if name not in result]
+    if missing:
+        msg = f"`layers` has {quoted(missing)}, of which `state` holds no running statistics."
+        raise ValueError(msg)
     return result
 
 
-def _of_layers(state: BNPState) -> dict[str, Array]:
-    mean, scales = named_leaves(state.mean), named_leaves(state.scale)
-    result = {}
-    # Only a kernel has running statistics with axes.
-    for name in (name for name, mu in mean.items() if mu.ndim):
-        scale, bias_scale = scales[name], scales.get(sibling(name, BIAS))
-        if bias_scale is None or bias_scale.ndim != scale.ndim:
-            inputs = tuple(range(scale.ndim - 1))
-            one = jnp.full((), jnp.nan)
-        else:
-            # In units of 1/q, which the state has multiplied all of D by, the bias has a 1.
-            inputs = tuple(axis for axis, size in enumerate(bias_scale.shape) if size == 1)
-            one = jnp.max(bias_scale)
-        largest = jnp.fmax(jnp.max(scale, axis=inputs), one)
-        smallest = jnp.fmin(jnp.min(scale, axis=inputs), one)
-        result[name] = jnp.max(largest / smallest)
-    return result
+def _kappa(scaling: Scaling) -> Array:
+    """The largest kappa(D) of the layer's groups."""
+    ends = []
+    for reduce, choose in ((jnp.max, jnp.maximum), (jnp.min, jnp.minimum)):
+        end = over_inputs(reduce, scaling.diagonal, scaling.inputs)
+        # The bias has a 1 in D.
+        ends.append(end if scaling.mean is None else choose(end, 1.0))
+    return jnp.max(ends[0] / ends[1])

@@ -1,7 +1,7 @@
 """The loss as a function of a step from the parameters, as one flat vector or one unit."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +10,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from bnp_optax._tree import KERNEL, named_leaves, quoted, replace_leaves
-from bnp_optax.capture.layer import Layer
-from bnp_optax.preconditioners.base import Preconditioner
-from bnp_optax.preconditioners.layout import Slot, initial_slots
+from bnp_optax.layers import Layers, check_layers
+from bnp_optax.preconditioners.base import Operator
+from bnp_optax.preconditioners.layout import bias_axes, layers_of
+from bnp_optax.statistics import Layer
 
 
 class Coordinates(NamedTuple):
@@ -71,37 +72,38 @@ def displaced(
     return loss_fn(jax.tree.map(jnp.add, params, step), *args)
 
 
-def find_slots(params: Any, layers: Mapping[str, Layer] | None) -> dict[str, Slot]:
-    """The kernels of `params` by name: those of `layers`, else the leaves named `kernel`.
+def find_layers(params: Any, layers: Layers | None) -> dict[str, Layer]:
+    """The layers of `params` by kernel: those of `layers`, else of the leaves named `kernel`.
 
     Raises:
       ValueError: If there is none.
     """
-    slots = {slot.kernel: slot for slot in initial_slots(params, layers)}
-    if not slots:
+    check_layers(layers)
+    found = layers_of(params, layers)
+    if not found:
         msg = (
             f"`params` has no leaf named `{KERNEL}` with two or more axes; it has "
             f"{quoted(named_leaves(params))}. For kernels of other names pass "
             "`layers=bnp_optax.find_layers(loss_fn, params, ...)`."
         )
         raise ValueError(msg)
-    return slots
+    return found
 
 
-def find_kernel(params: Any, kernel_path: str, layers: Mapping[str, Layer] | None) -> Slot:
+def find_kernel(params: Any, kernel_path: str, layers: Layers | None) -> Layer:
     """The kernel of that name and its bias.
 
     Raises:
       ValueError: If there is no such kernel; the message lists those that exist.
     """
-    slots = find_slots(params, layers)
-    if kernel_path not in slots:
+    found = find_layers(params, layers)
+    if kernel_path not in found:
         msg = (
             f"`kernel_path` is {kernel_path!r}, which names no layer; the kernels of `params` are "
-            f"{quoted(slots, limit=32)}."
+            f"{quoted(found, limit=32)}."
         )
         raise ValueError(msg)
-    return slots[kernel_path]
+    return found[kernel_path]
 
 
 class Unit(NamedTuple):
@@ -120,30 +122,30 @@ class Unit(NamedTuple):
     embed: Callable[[Array, Any], Any]
 
 
-def unit_coordinates(params: Any, slot: Slot) -> Unit:
+def unit_coordinates(params: Any, layer: Layer) -> Unit:
     """Coordinates [b, w] of the units of a layer; w is in the order of the kernel's axes."""
-    leaves = named_leaves(params)
-    shape = tuple(leaves[slot.kernel].shape)
-    outputs = [axis for axis, size in enumerate(slot.bias_shape) if size > 1]
+    shape = layer.kernel_shape
+    outputs = sorted(bias_axes(layer))
     inputs = [axis for axis in range(len(shape)) if axis not in outputs]
     order = (*inputs, *outputs)
     inverse = [order.index(axis) for axis in range(len(shape))]
     fan_in = math.prod(shape[axis] for axis in inputs)
     units = math.prod(shape[axis] for axis in outputs)
-    has_bias = slot.bias is not None
+    has_bias = layer.bias is not None
 
     def embed(v: Array, unit: Any) -> Any:
         columns = jnp.zeros((fan_in, units), v.dtype).at[:, unit].set(v[1:] if has_bias else v)
         kernel = columns.reshape([shape[axis] for axis in order]).transpose(inverse)
-        new = {slot.kernel: kernel}
-        if slot.bias is not None:
+        new = {layer.kernel: kernel}
+        if layer.bias is not None:
             row = jnp.zeros(units, v.dtype).at[unit].set(v[0])
-            new[slot.bias] = row.reshape(leaves[slot.bias].shape)
+            aligned = row.reshape([n if i in outputs else 1 for i, n in enumerate(shape)])
+            new[layer.bias] = layer.restore_bias(aligned, named_leaves(params)[layer.bias].shape)
         return replace_leaves(jax.tree.map(jnp.zeros_like, params), new)
 
     return Unit(units, fan_in + has_bias, has_bias, embed)
 
 
-def multiply(preconditioner: Preconditioner | None, state: Any, tree: Any) -> Any:
-    """P times a tree; the tree itself without a preconditioner."""
-    return tree if preconditioner is None else preconditioner.apply(state, tree)
+def multiply(P: Operator | None, tree: Any) -> Any:
+    """P times a tree; the tree itself without P."""
+    return tree if P is None else P.mv(tree)

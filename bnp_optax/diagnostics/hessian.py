@@ -1,15 +1,14 @@
 """The Hessian of the loss in the bias and weights of one unit."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bnp_optax._tree import named_leaves
-from bnp_optax.capture.layer import Layer, split_arrays
-from bnp_optax.diagnostics.checks import check_pair
+from bnp_optax._tree import named_leaves, split_arrays
+from bnp_optax.diagnostics.checks import operator_of
 from bnp_optax.diagnostics.displacement import (
     displaced,
     find_kernel,
@@ -17,8 +16,9 @@ from bnp_optax.diagnostics.displacement import (
     promoted,
     unit_coordinates,
 )
-from bnp_optax.preconditioners.base import Preconditioner
-from bnp_optax.preconditioners.layout import Slot
+from bnp_optax.layers import Layers
+from bnp_optax.preconditioners.base import Operator, Preconditioner
+from bnp_optax.statistics import Layer
 
 # Rows that are found at once: each takes as much memory as the forward pass.
 _ROWS = 32
@@ -30,9 +30,9 @@ def unit_hessian(
     kernel_path: str,
     unit: int,
     *args: Any,
-    preconditioner: Preconditioner | None = None,
+    preconditioner: Preconditioner | Operator | None = None,
     state: Any = None,
-    layers: Mapping[str, Layer] | None = None,
+    layers: Layers | None = None,
 ) -> Float[Array, "n n"]:
     r"""The dense Hessian of the loss in one unit's [b, w], or that of z in [b, w] = P z.
 
@@ -50,9 +50,9 @@ def unit_hessian(
         output channel of a convolution. A layer with several output axes (heads, layers stacked by
         `nn.scan`) has a unit for every entry of its bias, counted in row-major order.
       *args: Further arguments of the loss.
-      preconditioner: P; None for the Hessian in [b, w] itself. With `bnp()` the factor 1/q is
-        part of P.
-      state: State of P.
+      preconditioner: Such as `bnp()`, or P itself, an `Operator`; None for the Hessian in [b, w].
+        With `bnp()` the factor 1/q is part of P.
+      state: State of the preconditioner.
       layers: From `find_layers`, for kernels that are not named `kernel` and for layers without a
         bias that `nn.scan` or `nn.vmap` stacks; None tells a unit's weights by Flax's conventions.
 
@@ -78,38 +78,37 @@ def unit_hessian(
 
     Source: Lange, Helfrich, Ye, JMLR 2022, Propositions 2 and 9, Theorem 3.
     """
-    check_pair(preconditioner, state)
-    slot = find_kernel(params, kernel_path, layers)
-    count = unit_coordinates(params, slot).units
+    P = operator_of(preconditioner, state)
+    layer = find_kernel(params, kernel_path, layers)
+    count = unit_coordinates(params, layer).units
     if not 0 <= unit < count:
         msg = f"`unit` must lie in [0, {count}), the units of `{kernel_path}`; got {unit}."
         raise ValueError(msg)
-    (hessian,) = hessians_of_units(loss_fn, params, slot, [unit], args, preconditioner, state)
+    (hessian,) = hessians_of_units(loss_fn, params, layer, [unit], args, P)
     return hessian
 
 
 def hessians_of_units(
     loss_fn: Callable[..., Any],
     params: Any,
-    slot: Slot,
+    layer: Layer,
     units: Sequence[int],
     args: tuple[Any, ...],
-    preconditioner: Preconditioner | None,
-    state: Any,
+    P: Operator | None,
 ) -> list[Float[Array, "n n"]]:
     """`unit_hessian` of several units of one layer, compiled once."""
-    size = unit_coordinates(params, slot).size
-    zero = jnp.zeros(size, promoted(named_leaves(params)[slot.kernel]).dtype)
+    size = unit_coordinates(params, layer).size
+    zero = jnp.zeros(size, promoted(named_leaves(params)[layer.kernel]).dtype)
     # As arguments, arrays are not copied into the compiled code, nor folded there.
-    dynamic, rebuild = split_arrays((params, args, state))
+    dynamic, rebuild = split_arrays((params, args))
 
     @jax.jit
     def rows(dynamic: list[Array], unit: Array, basis: Float[Array, "k n"]) -> Float[Array, "k n"]:
-        params, args, state = rebuild(dynamic)
-        coordinates = unit_coordinates(params, slot)
+        params, args = rebuild(dynamic)
+        coordinates = unit_coordinates(params, layer)
 
         def loss(z: Array) -> Array:
-            step = multiply(preconditioner, state, coordinates.embed(z, unit))
+            step = multiply(P, coordinates.embed(z, unit))
             return displaced(loss_fn, params, args, step)
 
         return jax.vmap(lambda v: jax.jvp(jax.grad(loss), (zero,), (v,))[1])(basis)

@@ -9,15 +9,10 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from bnp_optax.capture.layer import split_arrays
-from bnp_optax.diagnostics.checks import check_pair, is_concrete
-from bnp_optax.diagnostics.displacement import (
-    Coordinates,
-    coordinates,
-    displaced,
-    multiply,
-)
-from bnp_optax.preconditioners.base import Preconditioner
+from bnp_optax._tree import split_arrays
+from bnp_optax.diagnostics.checks import is_concrete, operator_of
+from bnp_optax.diagnostics.displacement import Coordinates, coordinates, displaced
+from bnp_optax.preconditioners.base import Operator, Preconditioner
 
 Matvec = Callable[[Array], Array]
 
@@ -54,7 +49,7 @@ def hessian_extremes(
     loss_fn: Callable[..., Any],
     params: Any,
     *args: Any,
-    preconditioner: Preconditioner | None = None,
+    preconditioner: Preconditioner | Operator | None = None,
     state: Any = None,
     num_lanczos: int = 100,
     key: Array | None = None,
@@ -75,8 +70,8 @@ def hessian_extremes(
       loss_fn: `loss_fn(params, *args)`, a scalar; it is compiled.
       params: Parameters; leaves that are not floating-point are constants.
       *args: Further arguments of the loss.
-      preconditioner: P; None for H itself.
-      state: State of P.
+      preconditioner: Such as `bnp()`, or P itself, an `Operator`; None for H.
+      state: State of the preconditioner.
       num_lanczos: Number of products, and of vectors like `params` that are kept at a time, >= 1.
         More than there are parameters is as many as there are.
       key: Of the random vector that it starts from. None takes `jax.random.key(0)`.
@@ -100,16 +95,15 @@ def hessian_extremes(
     Source: Lange, Helfrich, Ye, JMLR 2022, (5) to (8), for what the eigenvalues say; C. Lanczos,
     "An iteration method for the solution of the eigenvalue problem", 1950.
     """
-    check_pair(preconditioner, state)
-    return extremes(loss_fn, params, args, preconditioner, state, None, num_lanczos, key)
+    P = operator_of(preconditioner, state)
+    return extremes(loss_fn, params, args, P, None, num_lanczos, key)
 
 
 def extremes(
     loss_fn: Callable[..., Any],
     params: Any,
     args: tuple[Any, ...],
-    preconditioner: Preconditioner | None,
-    state: Any,
+    P: Operator | None,
     only: Collection[str] | None,
     num_lanczos: int,
     key: Array | None,
@@ -129,8 +123,8 @@ def extremes(
         return jax.linearize(gradient, flat.zero)[1]
 
     product = linearized(dynamic)
-    if preconditioner is not None:
-        product = Partial(partial(_between, preconditioner, flat), product, state)
+    if P is not None:
+        product = Partial(partial(_between, P, flat), product)
     key = jax.random.key(0) if key is None else key
     start = jax.random.normal(key, flat.zero.shape, flat.zero.dtype)
     size = min(num_lanczos, flat.zero.size)
@@ -160,12 +154,10 @@ def _matfree() -> Any:
     return decomp.tridiag_sym
 
 
-def _between(
-    preconditioner: Preconditioner, flat: Coordinates, product: Matvec, state: Any, z: Array
-) -> Array:
+def _between(P: Operator, flat: Coordinates, product: Matvec, z: Array) -> Array:
     """P^T H P z."""
-    h_p = product(flat.extract(multiply(preconditioner, state, flat.embed(z))))
-    return flat.extract(preconditioner.apply_transpose(state, flat.embed(h_p)))
+    h_p = product(flat.extract(P.mv(flat.embed(z))))
+    return flat.extract(P.transpose(flat.embed(h_p)))
 
 
 def _is_slow_in_a_loop(product: Matvec, zero: Array) -> bool:

@@ -1,22 +1,21 @@
 """A table and a figure of each layer's conditioning, before and after preconditioning."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnp_optax.capture.layer import Layer
-from bnp_optax.diagnostics.checks import check_pair
+from bnp_optax.diagnostics.checks import operator_of
 from bnp_optax.diagnostics.conditioning import condition_number, conditioning
-from bnp_optax.diagnostics.displacement import find_slots, unit_coordinates
+from bnp_optax.diagnostics.displacement import find_layers, unit_coordinates
 from bnp_optax.diagnostics.hessian import hessians_of_units
 from bnp_optax.diagnostics.lanczos import extremes
-from bnp_optax.preconditioners.base import Preconditioner
-from bnp_optax.preconditioners.bnp import BNPState
-from bnp_optax.preconditioners.layout import Slot
+from bnp_optax.layers import Layers
+from bnp_optax.preconditioners.base import Operator, Preconditioner
+from bnp_optax.preconditioners.bnp_operator import bnp_states, scalings
+from bnp_optax.statistics import Layer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,6 +37,8 @@ class LayerReport(NamedTuple):
       kappa_d: kappa(D) from the running statistics; NaN without them.
       curvature: Largest |eigenvalue| of the layer's diagonal block of H.
       curvature_preconditioned: The same of P^T H P; NaN without P.
+      seen: Number of batches in the running statistics; None without a `BNPState`.
+      rejected: Number of batches that did not enter them, being not finite; None likewise.
     """
 
     kernel: str
@@ -49,6 +50,8 @@ class LayerReport(NamedTuple):
     kappa_d: float
     curvature: float
     curvature_preconditioned: float
+    seen: int | None = None
+    rejected: int | None = None
 
 
 class Report(NamedTuple):
@@ -87,13 +90,18 @@ class Report(NamedTuple):
                     *(_number(kappa, ".3g") for kappa in kappas),
                     _number(share, ".1%"),
                     _number(share_preconditioned, ".1%"),
+                    *_counts(layer),
                 )
             )
         return rows
 
+    def _header(self) -> tuple[str, ...]:
+        counted = any(_counts(layer) for layer in self.layers)
+        return (*_HEADER, "seen", "rejected") if counted else _HEADER
+
     def __str__(self) -> str:
         """A table with a row for each layer."""
-        rows = [_HEADER, *self._cells()]
+        rows = [self._header(), *self._cells()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -106,7 +114,7 @@ class Report(NamedTuple):
         """The same table for `rich.print`."""
         from rich.table import Table
 
-        table = Table(*_HEADER)
+        table = Table(*self._header())
         for row in self._cells():
             table.add_row(*row)
         return table
@@ -163,6 +171,10 @@ def _bars(axis: Any, columns: Sequence[tuple[str, str, list[float]]]) -> None:
     axis.set_axisbelow(True)
 
 
+def _counts(layer: LayerReport) -> tuple[str, ...]:
+    return () if layer.seen is None else (str(layer.seen), str(layer.rejected))
+
+
 def _number(value: float, form: str) -> str:
     return "" if np.isnan(value) else format(value, form)
 
@@ -176,9 +188,9 @@ def report(
     loss_fn: Callable[..., Any],
     params: Any,
     *args: Any,
-    preconditioner: Preconditioner | None = None,
+    preconditioner: Preconditioner | Operator | None = None,
     state: Any = None,
-    layers: Mapping[str, Layer] | None = None,
+    layers: Layers | None = None,
     max_units: int = 4,
     max_fan_in: int = 1024,
     num_lanczos: int = 30,
@@ -195,8 +207,9 @@ def report(
       loss_fn: `loss_fn(params, *args)`, a scalar; it is compiled.
       params: Parameters; their leaves named `kernel` with two or more axes are the layers.
       *args: Further arguments of the loss.
-      preconditioner: P; None leaves out its columns.
-      state: State of P. If it contains a `BNPState`, kappa(D) is read from it.
+      preconditioner: Such as `bnp()`, or P itself, an `Operator`; None leaves out its columns.
+      state: State of the preconditioner. If it contains a `BNPState`, kappa(D) and the numbers of
+        batches are read from it.
       layers: As for `unit_hessian`.
       max_units: Units of a layer to take, >= 1.
       max_fan_in: Layers with more weights a unit get no condition number of H: it takes
@@ -222,47 +235,51 @@ def report(
 
     Source: Lange, Helfrich, Ye, JMLR 2022, Sections 3.3 and 5.1, Figure 8.
     """
-    check_pair(preconditioner, state)
+    P = operator_of(preconditioner, state)
     if max_units < 1:
         msg = f"`max_units` must be at least 1, got {max_units}."
         raise ValueError(msg)
-    slots = find_slots(params, layers)
-    has_bnp = any(
-        isinstance(node, BNPState)
-        for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, BNPState))
-    )
-    kappas_d = conditioning(state) if has_bnp else {}
-    choices = [(None, None)] if preconditioner is None else [(None, None), (preconditioner, state)]
+    found = find_layers(params, layers)
+    states = bnp_states(state)
+    kappas_d = conditioning(state) if states else {}
+    counted = {
+        name: (int(one.seen[i]), int(one.rejected[i]))
+        for one in states
+        for i, name in enumerate(scalings(one))
+    }
+    choices = [None] if P is None else [None, P]
 
-    def row(slot: Slot) -> LayerReport:
-        unit = unit_coordinates(params, slot)
+    def row(layer: Layer) -> LayerReport:
+        unit = unit_coordinates(params, layer)
         fan_in = unit.size - unit.has_bias
         chosen = np.linspace(0, unit.units - 1, min(max_units, unit.units)).astype(int).tolist()
-        names = {slot.kernel} | ({slot.bias} if slot.bias else set())
+        names = {layer.kernel} | ({layer.bias} if layer.bias else set())
         kappas, curvatures = [float("nan")] * 2, [float("nan")] * 2
         used = 0
-        for i, (p, p_state) in enumerate(choices):
-            ends = extremes(loss_fn, params, args, p, p_state, names, num_lanczos, None)
+        for i, choice in enumerate(choices):
+            ends = extremes(loss_fn, params, args, choice, names, num_lanczos, None)
             curvatures[i] = float(jnp.maximum(jnp.abs(ends.min), jnp.abs(ends.max)))
             if fan_in > max_fan_in:
                 continue
-            hessians = hessians_of_units(loss_fn, params, slot, chosen, args, p, p_state)
-            found = [
+            hessians = hessians_of_units(loss_fn, params, layer, chosen, args, choice)
+            known = [
                 float(condition_number(h, symmetric=True)) for h in hessians if jnp.any(h != 0)
             ]
-            used = len(found)
-            kappas[i] = statistics.median(found) if found else float("nan")
-        kappa_d = float(kappas_d.get(slot.kernel, float("nan")))
+            used = len(known)
+            kappas[i] = statistics.median(known) if known else float("nan")
+        seen, rejected = counted.get(layer.kernel, (None, None))
         return LayerReport(
-            kernel=slot.kernel,
+            kernel=layer.kernel,
             fan_in=fan_in,
             units=unit.units,
             units_used=used,
             kappa=kappas[0],
             kappa_preconditioned=kappas[1],
-            kappa_d=kappa_d,
+            kappa_d=float(kappas_d.get(layer.kernel, float("nan"))),
             curvature=curvatures[0],
             curvature_preconditioned=curvatures[1],
+            seen=seen,
+            rejected=rejected,
         )
 
-    return Report(tuple(map(row, slots.values())))
+    return Report(tuple(map(row, found.values())))

@@ -1,8 +1,9 @@
 """Changes of variables p = P z."""
 
 from bnp_optax.preconditioners.adaptive import DiagonalState, adagrad, rms
-from bnp_optax.preconditioners.base import Preconditioner
-from bnp_optax.preconditioners.bnp import BNPState, bnp
+from bnp_optax.preconditioners.base import Operator, Preconditioner
+from bnp_optax.preconditioners.bnp import bnp
+from bnp_optax.preconditioners.bnp_operator import BNPState
 from bnp_optax.preconditioners.composition import ComposeState, compose
 from bnp_optax.preconditioners.options import BNPOptions, takes_bnp_options
 
@@ -11,6 +12,7 @@ __all__ = [
     "BNPState",
     "ComposeState",
     "DiagonalState",
+    "Operator",
     "Preconditioner",
     "adagrad",
     "bnp",

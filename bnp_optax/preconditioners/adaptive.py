@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from bnp_optax._checks import check_fraction, check_non_negative
-from bnp_optax.preconditioners.base import Preconditioner
+from bnp_optax.preconditioners.base import Operator, Preconditioner
 
 
 class DiagonalState(NamedTuple):
@@ -17,13 +17,39 @@ class DiagonalState(NamedTuple):
 
     Attributes:
       count: Number of gradients seen.
-      nu: Running mean (`rms`) or sum (`adagrad`) of the squared gradients, like the parameters.
-      diagonal: The diagonal of P, like the parameters; 1 before the first gradient.
+      nu: Running mean (`rms`) or sum (`adagrad`) of |g|^2, like the parameters but real, and in
+        float32 at least.
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     nu: Any
-    diagonal: Any
+
+
+class Diagonal(Operator):
+    """P = diag(d).
+
+    Attributes:
+      diagonal: d, like the parameters, real; not used where these are integers.
+    """
+
+    def __init__(self, diagonal: Any) -> None:
+        self.diagonal = diagonal
+
+    def mv(self, z: Any) -> Any:
+        """P z."""
+        return jax.tree.map(lambda x, d: _scaled(x, lambda x: d * x), z, self.diagonal)
+
+    def transpose(self, g: Any) -> Any:
+        """P^T g, which is P g."""
+        return self.mv(g)
+
+    def gram(self, g: Any) -> Any:
+        """P P^T g, rounded once."""
+        return jax.tree.map(lambda x, d: _scaled(x, lambda x: d * d * x), g, self.diagonal)
+
+    def solve(self, p: Any) -> Any:
+        """P^-1 p."""
+        return jax.tree.map(lambda x, d: _scaled(x, lambda x: x / d), p, self.diagonal)
 
 
 def rms(
@@ -63,15 +89,17 @@ def rms(
     check_fraction("decay", decay)
     check_non_negative("eps", eps)
 
-    def accumulate(g: Array, nu: Array, count: Array) -> Array:
+    def accumulate(square: Array, nu: Array, count: Array) -> Array:
         rate = jnp.asarray(1.0 - decay, nu.dtype)
         if not bias_correction:
             rate = jnp.where(count == 0, 1.0, rate)
-        return (1.0 - rate) * nu + rate * g**2
+        return (1.0 - rate) * nu + rate * square
 
     def diagonal(nu: Array, count: Array) -> Array:
         if bias_correction:
-            nu = nu / (1.0 - jnp.asarray(decay, nu.dtype) ** count)
+            # 1 - decay^t, in which 1 - 0.999 would lose five digits of float32.
+            rate = jnp.asarray(1.0 - decay, nu.dtype)
+            nu = nu / -jnp.expm1(count * jnp.log1p(-rate))
         return _inverse_root(jnp.sqrt(nu) + eps)
 
     return _diagonal(0.0, accumulate, diagonal)
@@ -113,7 +141,7 @@ def adagrad(eps: ArrayLike = 1e-7, initial_accumulator_value: ArrayLike = 0.1) -
         del count
         return _inverse_root(jnp.sqrt(nu + eps))
 
-    return _diagonal(initial_accumulator_value, lambda g, nu, count: nu + g**2, diagonal)
+    return _diagonal(initial_accumulator_value, lambda square, nu, count: nu + square, diagonal)
 
 
 def _inverse_root(x: Array) -> Array:
@@ -121,38 +149,45 @@ def _inverse_root(x: Array) -> Array:
     return jnp.where(x > 0.0, jax.lax.rsqrt(jnp.where(x > 0.0, x, 1.0)), 1.0)
 
 
+def _scaled(x: Array, function: Callable[[Array], Array]) -> Array:
+    """`function` of a real or complex leaf, in its dtype; other leaves as they are."""
+    return function(x).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+
 def _diagonal(
     start: ArrayLike,
     accumulate: Callable[[Array, Array, Array], Array],
     diagonal: Callable[[Array, Array], Array],
 ) -> Preconditioner:
-    """A diagonal P made of accumulated squared gradients."""
+    """A diagonal P made of accumulated squares |g|^2."""
 
-    def per_leaf(function: Callable[..., Array], *trees: Any) -> Any:
-        """Apply `function` to the floating-point leaves; the others stay those of the first."""
-
-        def apply(first: Array, *rest: Array) -> Array:
-            if not jnp.issubdtype(first.dtype, jnp.floating):
-                return first
-            return function(first, *rest).astype(first.dtype)
-
-        return jax.tree.map(apply, *trees)
+    def real(leaf: Array) -> Any:
+        # In bfloat16, 0.999 is 1: what is accumulated needs float32.
+        is_inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+        return jnp.promote_types(jnp.finfo(leaf.dtype).dtype, jnp.float32) if is_inexact else None
 
     def init(params: Any) -> DiagonalState:
-        nu = jax.tree.map(lambda p: jnp.full_like(p, start), params)
-        ones = jax.tree.map(jnp.ones_like, params)
-        return DiagonalState(jnp.zeros((), jnp.int32), nu, ones)
+        nu = jax.tree.map(lambda p: jnp.full(p.shape, start, real(p) or jnp.float32), params)
+        return DiagonalState(jnp.zeros((), jnp.int32), nu)
 
     def update(grads: Any, state: DiagonalState, params: Any = None, **extra: Any) -> DiagonalState:
         del params, extra
-        nu = per_leaf(lambda nu, g: accumulate(g, nu, state.count), state.nu, grads)
-        count = state.count + 1
-        return DiagonalState(count, nu, per_leaf(lambda nu: diagonal(nu, count), nu))
 
-    def apply(state: DiagonalState, tree: Any) -> Any:
-        return per_leaf(lambda x, d: d * x, tree, state.diagonal)
+        def moved(nu: Array, g: Array) -> Array:
+            if real(g) is None:
+                return nu
+            g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+            square = jnp.real(g * jnp.conj(g))
+            return accumulate(square, nu, state.count).astype(nu.dtype)
 
-    def solve(state: DiagonalState, tree: Any) -> Any:
-        return per_leaf(lambda x, d: x / d, tree, state.diagonal)
+        return DiagonalState(state.count + 1, jax.tree.map(moved, state.nu, grads))
 
-    return Preconditioner(init, update, apply, apply, solve)
+    def operator(state: DiagonalState) -> Diagonal:
+        def entries(nu: Array) -> Array:
+            # Before the first gradient, P = I.
+            count = jnp.maximum(state.count, 1)
+            return jnp.where(state.count > 0, diagonal(nu, count), 1.0).astype(nu.dtype)
+
+        return Diagonal(jax.tree.map(entries, state.nu))
+
+    return Preconditioner(init, update, operator)

@@ -1,50 +1,29 @@
 """Batch normalization preconditioning (Lange, Helfrich, Ye, JMLR 2022, Algorithms 2 and 3)."""
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Int
 
 from bnp_optax._checks import check_choice, check_fraction, check_non_negative, check_positive
-from bnp_optax._tree import named_leaves, replace_leaves
-from bnp_optax.preconditioners import centering
+from bnp_optax._tree import named_leaves, quoted, replace_leaves
+from bnp_optax.layers import Layers, check_layers
+from bnp_optax.preconditioners.alike import at_once
 from bnp_optax.preconditioners.base import Preconditioner
-from bnp_optax.preconditioners.layout import Layers, initial_slots, kernels
+from bnp_optax.preconditioners.bnp_operator import BNPOperator, BNPState
+from bnp_optax.preconditioners.layout import layers_of
 from bnp_optax.preconditioners.matching import LEFT_OUT, match_statistics
-from bnp_optax.statistics import LayerStats
+from bnp_optax.statistics import Layer, LayerStats
 
 Variance = Literal["auto", "batch", "running"]
 
-
-class BNPState(NamedTuple):
-    """State of `bnp`: trees of the parameters' structure, float32, with small arrays at kernels.
-
-    Attributes:
-      mean: At kernels with a bias, the running mean mu; 0 elsewhere.
-      var: At kernels, the running variance sigma^2 (mean square, where there is no bias).
-      scale: At kernels 1 / (sigma~ q); at their biases 1 / q, broadcast against the kernel; 1
-        elsewhere. With it, P = U diag(scale).
-      seen: At kernels, the number of batches that the running statistics hold.
-    """
-
-    mean: Any
-    var: Any
-    scale: Any
-    seen: Any
-
-
-class _Layer(NamedTuple):
-    """What is kept for one kernel, and for its bias."""
-
-    mean: Array
-    var: Array
-    scale: Array
-    bias_scale: Array
-    seen: Array
+_ANY_LAYER = Layer("", None, ())
 
 
 def bnp(
@@ -94,16 +73,21 @@ def bnp(
       batch_size: N in q, where the statistics do not know it, such as those of one shard. None
         takes it from them.
       layers: The layers to precondition; all others pass through. What `find_layers` returns, or
-        a part of it; or names of kernels, or a condition on names, such as
-        `lambda name: 'head' not in name`. Names choose among the leaves named `kernel` with at
-        least two axes; None takes all of these. What `find_layers` returns also serves parameters
-        of other names, and settles the shapes of the state at `init`, which `jax.lax.scan` over
-        training steps needs for grouped convolutions.
+        a part of it. None takes all leaves named `kernel` with at least two axes, each with its
+        sibling `bias`, where axes are in the order of Flax's layers. What `find_layers` returns
+        also serves parameters of other names and layouts, and settles the shapes of the state at
+        `init`, which `jax.lax.scan` over training steps needs for grouped convolutions.
 
     Returns:
       A `Preconditioner`. Its `update` takes `layer_stats`, from `value_and_grad`; with
       `layer_stats=None` the running statistics and P stay as they are. A layer's statistics that
-      are not finite, or of no input, do not enter.
+      are not finite, have a negative variance, or are of no input, do not enter: `metrics` counts
+      them. P is the identity in a layer until its first statistics have come.
+
+    P mixes a layer's bias with its kernel, so a bias whose gradient is zero moves with the kernel,
+    and the other way round. To freeze half a layer use `optax.partition` or `optax.masked` around
+    the whole transformation, or leave the layer out of `layers`; zeros in the gradient do not.
+    A derivative through an update takes the running statistics for constants.
 
     Raises:
       ValueError: If a hyper-parameter is out of its range; at `init`, if a kernel is complex or
@@ -117,10 +101,11 @@ def bnp(
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> loss_fn = lambda p: jnp.mean(model.apply({"params": p}, x) ** 2)
       >>> _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params)
-      >>> P = bnp_optax.bnp(warm_start=True)
-      >>> state = P.update(grads, P.init(params), params, layer_stats=stats)
-      >>> z = P.solve(state, params)
-      >>> bool(jnp.allclose(P.apply(state, z)["kernel"], params["kernel"], rtol=1e-5))
+      >>> bnp = bnp_optax.bnp(warm_start=True)
+      >>> state = bnp.update(grads, bnp.init(params), params, layer_stats=stats)
+      >>> P = bnp.operator(state)
+      >>> z = P.solve(params)
+      >>> bool(jnp.allclose(P.mv(z)["kernel"], params["kernel"], rtol=1e-5))
       True
 
     Source: Lange, Helfrich, Ye, "Batch Normalization Preconditioning for Neural Network Training",
@@ -132,52 +117,68 @@ def bnp(
     check_non_negative("eps_abs", eps_abs)
     check_choice("variance", variance, ("auto", "batch", "running"))
     check_positive("batch_size", batch_size)
+    check_layers(layers)
+
+    def eps() -> Array:
+        return jnp.stack([jnp.asarray(e, jnp.float32) for e in (eps_rel, eps_abs)])
 
     def init(params: Any) -> BNPState:
-        slots = initial_slots(params, layers)
-        stats = {slot.kernel: slot.stats_shape for slot in slots}
-        biases = {slot.bias: slot.bias_shape for slot in slots if slot.bias}
+        found = layers_of(params, layers)
 
-        def full(value: float, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-            scalars = jax.tree.map(lambda _: jnp.full((), value, jnp.float32), params)
-            arrays = {n: jnp.full(shape, value, jnp.float32) for n, shape in shapes.items()}
-            return replace_leaves(scalars, arrays)
+        def filled(value: float, only_centered: bool) -> Any:
+            arrays = {
+                name: jnp.full(layer.stats_shape, value, jnp.float32)
+                for name, layer in found.items()
+                if layer.bias is not None or not only_centered
+            }
+            masks = jax.tree.map(lambda _: optax.MaskedNode(), params)
+            return replace_leaves(masks, arrays)
 
+        n = max(len(found), 1)  # Orbax saves no empty arrays.
         return BNPState(
-            mean=full(0.0, stats),
-            var=full(1.0, stats),
-            scale=full(1.0, stats | biases),
-            seen=full(0.0, {}),
+            mean=filled(0.0, only_centered=True),
+            var=filled(1.0, only_centered=False),
+            q=jnp.ones(n, jnp.float32),
+            inputs=_bits(found.values()) if found else jnp.zeros(n, jnp.int32),
+            seen=jnp.zeros(n, jnp.int32),
+            rejected=jnp.zeros(n, jnp.int32),
+            eps=eps(),
         )
 
-    def running(old: _Layer, stats: LayerStats, centered: bool) -> tuple[Array, Array]:
+    def running(
+        mean: Array | None, var: Array, seen: Int[Array, ""], stats: LayerStats
+    ) -> tuple[Array | None, Array]:
         """Steps 1 and 2: the running statistics with those of the batch."""
-        mean, var = stats.mean, stats.total_variance
-        if not centered:
-            mean, var = jnp.zeros_like(mean), var + mean**2
-        elif variance != "batch":
+        rate = jnp.where(warm_start & (seen == 0), 1.0, 1.0 - decay)
+        batch = stats.total_variance
+        if mean is None:
+            return None, (1.0 - rate) * var + rate * (batch + stats.mean**2)
+        if variance != "batch":
             about_running = stats.count <= 1.0 if variance == "auto" else True
-            var = var + jnp.where(about_running, (mean - old.mean) ** 2, 0.0)
-        rate = jnp.where(warm_start & (old.seen == 0.0), 1.0, 1.0 - decay)
-        return (1.0 - rate) * old.mean + rate * mean, (1.0 - rate) * old.var + rate * var
+            batch = batch + jnp.where(about_running, (stats.mean - mean) ** 2, 0.0)
+        new_mean = (1.0 - rate) * mean + rate * stats.mean
+        return new_mean, (1.0 - rate) * var + rate * batch
 
-    def refresh(old: _Layer, stats: LayerStats, fan_in: int, centered: bool) -> _Layer:
-        mean, var = running(old, stats, centered)
-        # Step 3.
-        floor = eps_rel * jnp.max(var, axis=stats.input_axes, keepdims=True) + eps_abs
-        n = stats.batch_size if batch_size is None else batch_size
-        q_squared = jnp.maximum(fan_in / n, stats.positions**0.5) if scale else jnp.ones(())
-        new = _Layer(
-            mean=mean,
-            var=var,
-            scale=jax.lax.rsqrt((var + floor) * q_squared),
-            bias_scale=jnp.broadcast_to(jax.lax.rsqrt(q_squared), old.bias_scale.shape),
-            seen=old.seen + 1.0,
+    def refreshed(arrays: Any, seen: Int[Array, ""]) -> tuple[Any, Any]:
+        """One layer's running statistics after a batch, and what became of the batch."""
+        mean, var, stats = arrays
+        new_mean, new_var = running(mean, var, seen, stats)
+        valid = _is_valid(stats, new_mean, new_var)
+        accept = valid & (stats.count > 0.0)
+        new = jax.tree.map(
+            lambda new, old: jnp.where(accept, new, old).astype(jnp.float32),
+            (new_mean, new_var),
+            (mean, var),
         )
-        # 0 x is 0 for finite x and NaN otherwise: one sum instead of a test of each array.
-        zero = jnp.sum(0.0 * mean + 0.0 * var + 0.0 * stats.sq_mean) + 0.0 * stats.count
-        accept = (zero == 0.0) & (stats.count > 0.0)
-        return jax.tree.map(lambda n, o: jnp.where(accept, n, o).astype(jnp.float32), new, old)
+        return new, (accept, ~valid & (stats.count != 0.0), stats.count)
+
+    def q_of(fan_in: list[int], positions: list[int], counts: Array) -> Array:
+        """Q of all layers."""
+        if not scale:
+            return jnp.ones_like(counts)
+        n = counts / np.array(positions, np.float32) if batch_size is None else batch_size
+        lowest = np.sqrt(positions).astype(np.float32)
+        return jnp.sqrt(jnp.maximum(np.array(fan_in, np.float32) / n, lowest))
 
     def update(
         grads: Any,
@@ -189,54 +190,65 @@ def bnp(
     ) -> BNPState:
         del params, extra
         matched = match_statistics(grads, layers, layer_stats)
-        leaves = named_leaves(grads)
-        mean, var, scales, seen = map(named_leaves, state)
-        for slot, stats in matched:
-            name = slot.kernel
-            shape = jnp.broadcast_shapes(mean[name].shape, slot.stats_shape)
-            bias_scale = scales[slot.bias] if slot.bias else jnp.ones((), jnp.float32)
-            if slot.bias and bias_scale.shape != slot.bias_shape:
-                bias_scale = jnp.broadcast_to(bias_scale.ravel()[0], slot.bias_shape)
-            old = _Layer(
-                *(jnp.broadcast_to(x[name], shape) for x in (mean, var, scales)),
-                bias_scale=bias_scale,
-                seen=seen[name],
-            )
-            fan_in = math.prod(leaves[name].shape[axis] for axis in stats.input_axes)
-            new = refresh(old, stats, fan_in, centered=slot.bias is not None)
-            mean[name], var[name], scales[name], seen[name] = new.mean, new.var, new.scale, new.seen
-            if slot.bias:
-                scales[slot.bias] = new.bias_scale
-        new_leaves = (mean, var, scales, seen)
-        return BNPState(*map(replace_leaves, state, new_leaves)) if matched else state
+        if not matched:
+            return state
+        means, variances = named_leaves(state.mean), named_leaves(state.var)
+        _check_same_layers(matched, variances)
+        arrays = []
+        for name, (_, stats) in matched.items():
+            stats = jax.lax.stop_gradient(stats)
+            mean = _widened(means[name], stats) if name in means else None
+            # Two layers' statistics can be stacked once they do not say whose they are.
+            anyones = dataclasses.replace(stats, layer=_ANY_LAYER)
+            arrays.append((mean, _widened(variances[name], stats), anyones))
+        new, (accept, rejected, counts) = at_once(refreshed, arrays, state.seen)
+        new_means, new_variances = (
+            dict(zip(matched, x, strict=True)) for x in zip(*new, strict=True)
+        )
+        q = q_of(
+            [layer.fan_in for layer, _ in matched.values()],
+            [stats.layer.positions for _, stats in matched.values()],
+            counts,
+        )
+        return BNPState(
+            mean=replace_leaves(state.mean, {name: new_means[name] for name in means}),
+            var=replace_leaves(state.var, new_variances),
+            q=jnp.where(accept, q, state.q).astype(jnp.float32),
+            inputs=jnp.where(accept, _bits(layer for layer, _ in matched.values()), state.inputs),
+            seen=state.seen + accept,
+            rejected=state.rejected + rejected,
+            eps=jnp.where(jnp.any(accept), eps(), state.eps),
+        )
 
-    def by_layer(transform: Callable[..., tuple[Array, Any]]) -> Callable[[BNPState, Any], Any]:
-        """Lift a function of one layer to parameter trees."""
+    return Preconditioner(init, update, lambda state: BNPOperator(state, layers))
 
-        def lifted(state: BNPState, tree: Any) -> Any:
-            leaves = named_leaves(tree)
-            mean, scales = named_leaves(state.mean), named_leaves(state.scale)
-            new = {}
-            for name, bias in kernels(tree, layers).items():
-                dtype = jnp.promote_types(leaves[name].dtype, jnp.float32)
-                w, mu, s = leaves[name].astype(dtype), mean[name], scales[name]
-                # Before the first statistics, the state may not know of a bias yet.
-                if bias is None or scales[bias].ndim == 0:
-                    w, _ = transform(w, None, mu, s, s)
-                else:
-                    s_b, old = scales[bias], leaves[bias]
-                    w, b = transform(w, old.astype(dtype).reshape(s_b.shape), mu, s, s_b)
-                    new[bias] = b.reshape(old.shape).astype(old.dtype)
-                new[name] = w.astype(leaves[name].dtype)
-            return replace_leaves(tree, new)
 
-        return lifted
+def _bits(layers: Iterable[Layer]) -> Int[Array, " layers"]:
+    """The input axes of each layer, as `BNPState.inputs` has them."""
+    axes = [{axis % len(layer.kernel_shape) for axis in layer.input_axes} for layer in layers]
+    return jnp.asarray([sum(1 << axis for axis in one) for one in axes], jnp.int32)
 
-    return Preconditioner(
-        init=init,
-        update=update,
-        apply=by_layer(centering.apply),
-        apply_transpose=by_layer(centering.apply_transpose),
-        solve=by_layer(centering.solve),
-        gram=by_layer(centering.gram),
-    )
+
+def _widened(array: Array, stats: LayerStats) -> Array:
+    """A running array in a shape that has room for the statistics, such as a grouped layer's."""
+    return jnp.broadcast_to(array, jnp.broadcast_shapes(array.shape, stats.mean.shape))
+
+
+def _is_valid(stats: LayerStats, mean: Array | None, var: Array) -> Bool[Array, ""]:
+    """Whether all numbers are finite, and no variance is negative.
+
+    0 x is 0 for finite x and NaN otherwise: one sum instead of a test of each array.
+    """
+    zero = 0.0 * var + 0.0 * stats.mean + 0.0 * stats.sq_mean + jnp.minimum(stats.var, 0.0)
+    if mean is not None:
+        zero = zero + 0.0 * mean
+    return jnp.sum(zero) + 0.0 * stats.count == 0.0
+
+
+def _check_same_layers(found: Iterable[str], expected: Iterable[str]) -> None:
+    if list(found) != list(expected):
+        msg = (
+            f"The updates have the layers {quoted(found)}, but the state of `bnp` was made for "
+            f"{quoted(expected)}. Call `init` on parameters of the updates' structure."
+        )
+        raise ValueError(msg)

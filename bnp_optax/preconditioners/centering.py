@@ -1,13 +1,16 @@
 """P = U D / q of one layer, and its transpose, inverse and square, without forming matrices.
 
-A layer is a kernel w, a bias b broadcast against it (or None), the mean mu of its inputs, the
-scale s = 1 / (sigma~ q) of the kernel and s_b = 1 / q of the bias. Then
+A layer is a kernel w, a bias b broadcast against it, the mean mu of its inputs (both None where
+it is not centered), the scale s = 1 / (sigma~ q) of the kernel and s_b = 1 / q of the bias. Then
 
     P [z_b, z_w] = [s_b z_b - sum_i mu_i s_i z_i, s z_w].
 """
 
+import dataclasses
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -15,36 +18,58 @@ Kernel = Float[Array, "..."]
 Bias = Float[Array, "..."] | None
 Stats = Float[Array, "..."]
 Pair = tuple[Kernel, Bias]
+Shape = tuple[int, ...]
 
 
-def apply(w: Kernel, b: Bias, mu: Stats, s: Stats, s_b: Stats) -> Pair:
+def mv(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
     """P z."""
     return s * w, None if b is None else s_b * b - _dot(mu * s, w, b.shape)
 
 
-def apply_transpose(w: Kernel, b: Bias, mu: Stats, s: Stats, s_b: Stats) -> Pair:
+def transpose(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
     """P^T g."""
     return (s * w, None) if b is None else (s * (w - mu * b), s_b * b)
 
 
-def solve(w: Kernel, b: Bias, mu: Stats, s: Stats, s_b: Stats) -> Pair:
+def solve(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
     """P^-1 p."""
     return w / s, None if b is None else (b + _dot(mu, w, b.shape)) / s_b
 
 
-def gram(w: Kernel, b: Bias, mu: Stats, s: Stats, s_b: Stats) -> Pair:
-    """P P^T g, steps 4 and 5 of Algorithms 2 and 3.
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """How a unit sums over its inputs.
+
+    Attributes:
+      axes: Axes of the kernel that it sums over.
+      repeats: Number of inputs that share an entry of the statistics.
+    """
+
+    axes: tuple[int, ...]
+    repeats: int
+
+    @classmethod
+    def of(cls, kernel: Shape, bias: Shape, stats: Shape) -> "Sums":
+        """Those of a layer with these shapes, broadcast against the kernel's."""
+        axes = tuple(axis for axis, size in enumerate(bias) if size == 1)
+        return cls(axes, math.prod(kernel[axis] for axis in axes if stats[axis] == 1))
+
+
+def squared_mean(mu: Stats, s: Stats, sums: Sums) -> Stats:
+    """sum_i (s_i mu_i)^2: the square of the mean in z but for q, which `gram` needs."""
+    return sums.repeats * jnp.sum((s * mu) ** 2, axis=sums.axes, keepdims=True)
+
+
+def gram(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats, square: Any) -> Pair:
+    """P P^T g, steps 4 and 5 of Algorithms 2 and 3; `square` is the `squared_mean`.
 
     Step 5 sums mu times the updated G_w, which is s^2 (G_w - mu G_b). Split into a product with
     the raw G_w and one with G_b, the updated G_w need not be written and read again.
     """
     if b is None:
         return s**2 * w, None
-    inputs = tuple(axis for axis, size in enumerate(b.shape) if size == 1)
-    c = mu * s**2
-    repeats = math.prod(w.shape[axis] for axis in inputs if c.shape[axis] == 1)
-    c_mu = repeats * jnp.sum(c * mu, axis=inputs, keepdims=True)
-    return s**2 * (w - mu * b), s_b**2 * b - (_dot(c, w, b.shape) - c_mu * b)
+    return s**2 * (w - mu * b), s_b**2 * b - (_dot(mu * s**2, w, b.shape) - square * b)
 
 
 def _dot(c: Stats, w: Kernel, bias_shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from bnp_optax.preconditioners.base import Preconditioner
+from bnp_optax.preconditioners.base import Operator, Preconditioner
 
 
 class ComposeState(NamedTuple):
@@ -15,6 +15,26 @@ class ComposeState(NamedTuple):
 
     outer: Any
     inner: Any
+
+
+class Product(Operator):
+    """P_outer P_inner."""
+
+    def __init__(self, outer: Operator, inner: Operator) -> None:
+        self._outer = outer
+        self._inner = inner
+
+    def mv(self, z: Any) -> Any:
+        """P_outer P_inner z."""
+        return self._outer.mv(self._inner.mv(z))
+
+    def transpose(self, g: Any) -> Any:
+        """P_inner^T P_outer^T g."""
+        return self._inner.transpose(self._outer.transpose(g))
+
+    def solve(self, p: Any) -> Any:
+        """P_inner^-1 P_outer^-1 p."""
+        return self._inner.solve(self._outer.solve(p))
 
 
 def compose(outer: Preconditioner, inner: Preconditioner) -> Preconditioner:
@@ -30,10 +50,10 @@ def compose(outer: Preconditioner, inner: Preconditioner) -> Preconditioner:
     Example:
       >>> import jax.numpy as jnp
       >>> import bnp_optax
-      >>> P = bnp_optax.compose(bnp_optax.rms(0.9), bnp_optax.adagrad())
+      >>> both = bnp_optax.compose(bnp_optax.rms(0.9), bnp_optax.adagrad())
       >>> p, g = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -4.0])}
-      >>> state = P.update(g, P.init(p), p, layer_stats=None)
-      >>> bool(jnp.allclose(P.apply(state, P.solve(state, p))["w"], p["w"]))
+      >>> P = both.operator(both.update(g, both.init(p), p, layer_stats=None))
+      >>> bool(jnp.allclose(P.mv(P.solve(p))["w"], p["w"]))
       True
 
     Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
@@ -42,21 +62,15 @@ def compose(outer: Preconditioner, inner: Preconditioner) -> Preconditioner:
 
     def init(params: Any) -> ComposeState:
         state = outer.init(params)
-        return ComposeState(state, inner.init(outer.solve(state, params)))
+        return ComposeState(state, inner.init(outer.operator(state).solve(params)))
 
     def update(grads: Any, state: ComposeState, params: Any = None, **extra: Any) -> ComposeState:
         outer_state = outer.update(grads, state.outer, params, **extra)
-        y = None if params is None else outer.solve(outer_state, params)
-        pulled_back = outer.apply_transpose(outer_state, grads)
-        return ComposeState(outer_state, inner.update(pulled_back, state.inner, y, **extra))
+        P = outer.operator(outer_state)
+        y = None if params is None else P.solve(params)
+        return ComposeState(outer_state, inner.update(P.transpose(grads), state.inner, y, **extra))
 
-    def apply(state: ComposeState, z: Any) -> Any:
-        return outer.apply(state.outer, inner.apply(state.inner, z))
+    def operator(state: ComposeState) -> Product:
+        return Product(outer.operator(state.outer), inner.operator(state.inner))
 
-    def apply_transpose(state: ComposeState, g: Any) -> Any:
-        return inner.apply_transpose(state.inner, outer.apply_transpose(state.outer, g))
-
-    def solve(state: ComposeState, p: Any) -> Any:
-        return inner.solve(state.inner, outer.solve(state.outer, p))
-
-    return Preconditioner(init, update, apply, apply_transpose, solve)
+    return Preconditioner(init, update, operator)

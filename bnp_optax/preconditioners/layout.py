@@ -1,146 +1,78 @@
-"""Where the kernels and biases of a tree are, and the shapes of what is kept for them."""
+"""Which layers of a tree are preconditioned: those given, or those that Flax's names tell."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from bnp_optax._tree import BIAS, KERNEL, absent, is_named, named_leaves, quoted, sibling
-from bnp_optax.capture.layer import Layer
-
-Shape = tuple[int, ...]
-# Layers as `find_layers` gives them, names of kernels, or a condition on these names.
-Layers = Mapping[str, Layer] | Collection[str] | Callable[[str], bool]
+from bnp_optax._tree import KERNEL, absent, is_named, named_leaves, quoted
+from bnp_optax.layers import Layers, by_convention
+from bnp_optax.statistics import Axes, Layer, Shape
 
 
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """A kernel in a parameter tree, and what is kept for it.
+def layers_of(tree: Any, layers: Layers | None) -> dict[str, Layer]:
+    """The layers of `tree` that are preconditioned, by kernel, in flattening order.
 
-    Attributes:
-      kernel: Name of the kernel leaf.
-      bias: Name of the bias leaf that centering acts on, or None.
-      stats_shape: Shape of the running statistics; broadcasts against the kernel.
-      bias_shape: Shape of the bias when it is broadcast against the kernel: 1 on input axes.
-    """
-
-    kernel: str
-    bias: str | None
-    stats_shape: Shape
-    bias_shape: Shape
-
-
-def kernels(tree: Any, layers: Layers | None) -> dict[str, str | None]:
-    """The kernels of `tree` that are preconditioned, each with its bias or None.
-
-    They are those of `layers`; without it, or where it only says which names to choose, every real
-    leaf named `kernel` with two or more axes.
+    They are those of `layers`; without it, every real leaf named `kernel` with two or more axes,
+    with its sibling `bias` where the shapes are as Flax has them. A bias that is not in `tree`,
+    such as one hidden by a mask, leaves a layer that cannot be centered.
 
     Raises:
-      ValueError: If a kernel is complex, or `layers` names one that `tree` has not.
+      ValueError: If a kernel is complex, or `layers` does not fit `tree`.
     """
     leaves = named_leaves(tree)
-    if isinstance(layers, Mapping):
-        pairs = {name: layer.bias for name, layer in layers.items()}
-    else:
-        named = [name for name, leaf in leaves.items() if is_named(name, KERNEL)]
-        pairs = {name: sibling(name, BIAS) for name in named if len(leaves[name].shape) >= 2}
-        if callable(layers):
-            pairs = {name: bias for name, bias in pairs.items() if layers(name)}
-        elif layers is not None:
-            _check_are_kernels(layers, pairs, leaves)
-            pairs = {name: bias for name, bias in pairs.items() if name in layers}
-    if layers is not None and not callable(layers):
-        missing = absent(layers, tree) if leaves else []
-        if missing:
+    if layers is not None:
+        _check_fit(layers, tree, leaves)
+    result = {}
+    for name, leaf in leaves.items():
+        shape = tuple(jnp.shape(leaf))
+        if layers is not None:
+            layer = layers.get(name)
+        else:
+            layer = by_convention(name, shape, leaves) if is_named(name, KERNEL) else None
+        if layer is None:
+            continue
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             msg = (
-                f"`layers` has {quoted(missing)}, which the parameters have not; their leaves "
-                f"are {quoted(leaves)}. Call `find_layers` on the `params` that the optimizer gets."
-            )
-            raise ValueError(msg)
-    present = {name: bias for name, bias in pairs.items() if name in leaves}
-    for name in present:
-        shape = tuple(leaves[name].shape)
-        if isinstance(layers, Mapping) and layers[name].kernel_shape != shape:
-            msg = (
-                f"`layers` has `{name}` with shape {layers[name].kernel_shape}, but the parameters "
-                f"have it with shape {shape}. Call `find_layers` on the `params` that the "
-                "optimizer gets."
-            )
-            raise ValueError(msg)
-        if jnp.issubdtype(leaves[name].dtype, jnp.complexfloating):
-            msg = (
-                f"`{name}` is complex ({leaves[name].dtype}); the statistics of its inputs are "
+                f"`{name}` is complex ({leaf.dtype}); the statistics of its inputs are "
                 "defined for real kernels only. Leave it out with `optax.masked` or `layers=`."
             )
             raise ValueError(msg)
-    # A bias may be hidden by a mask; without it, the layer cannot be centered.
-    return {
-        name: bias if bias in leaves else None
-        for name, bias in present.items()
-        if jnp.issubdtype(leaves[name].dtype, jnp.floating)
-    }
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and 0 not in shape:
+            result[name] = placed(layer, shape, leaves)
+    return result
 
 
-def _check_are_kernels(
-    names: Collection[str], kernels: Mapping[str, Any], leaves: Mapping[str, Any]
-) -> None:
-    """Raise if names alone do not tell how a leaf is used."""
-    others = [name for name in names if name in leaves and name not in kernels]
-    if others:
+def placed(layer: Layer, kernel_shape: Shape, leaves: Mapping[str, Any]) -> Layer:
+    """`layer` with the shape of its kernel, and without a bias that is not among `leaves`."""
+    bias = layer.bias if layer.bias in leaves else None
+    return dataclasses.replace(layer, kernel_shape=kernel_shape, bias=bias)
+
+
+def bias_axes(layer: Layer) -> Axes:
+    """For each axis of the bias, the axis of the kernel that it runs along, counted from 0."""
+    ndim = len(layer.kernel_shape)
+    if layer.bias_axes is not None:
+        return tuple(axis % ndim for axis in layer.bias_axes)
+    inputs = {axis % ndim for axis in layer.input_axes}
+    return tuple(axis for axis in range(ndim) if axis not in inputs)
+
+
+def _check_fit(layers: Layers, tree: Any, leaves: Mapping[str, Any]) -> None:
+    remedy = "Call `find_layers` on the `params` that the optimizer gets."
+    missing = absent(layers, tree) if leaves else []
+    if missing:
         msg = (
-            f"`layers` names {quoted(others)}, of which the name does not tell how the inputs meet "
-            f"it: only leaves named `{KERNEL}` with two or more axes may be given by name. Pass "
-            "that part of `bnp_optax.find_layers(loss_fn, params, ...)`."
+            f"`layers` has {quoted(missing)}, which the parameters have not; their leaves "
+            f"are {quoted(leaves)}. {remedy}"
         )
         raise ValueError(msg)
-
-
-def aligned_bias_shape(kernel: Shape, input_axes: Iterable[int]) -> Shape:
-    """The kernel's shape with 1 on its input axes."""
-    inputs = {axis % len(kernel) for axis in input_axes}
-    return tuple(1 if axis in inputs else size for axis, size in enumerate(kernel))
-
-
-def initial_slots(params: Any, layers: Layers | None) -> list[Slot]:
-    """What to keep for each kernel before any statistics have come.
-
-    With layers from `find_layers` this is exact. Without, it is what Flax's conventions say, wide
-    enough for Dense, DenseGeneral, attention and ungrouped convolutions, stacked or not;
-    statistics of another shape, such as those of grouped convolutions, change it at the first
-    update.
-    """
-    leaves = named_leaves(params)
-    slots = []
-    for name, bias in kernels(params, layers).items():
-        kernel = tuple(leaves[name].shape)
-        if isinstance(layers, Mapping):
-            axes, shape = layers[name].input_axes, layers[name].stats_shape
-        else:
-            guess = _guess_input_axes(kernel, tuple(leaves[bias].shape) if bias else None)
-            axes, shape = guess, _guess_stats_shape(kernel, guess)
-        slots.append(Slot(name, bias, shape, aligned_bias_shape(kernel, axes)))
-    return slots
-
-
-def _guess_input_axes(kernel: Shape, bias: Shape | None) -> range:
-    """Which axes of a Flax kernel are summed over, from shapes alone.
-
-    A bias has the axes of its kernel less the input axes, which precede the features and follow
-    stacked axes. Without one, all but the last axis are taken for input axes.
-    """
-    if bias is not None:
-        n_inputs = len(kernel) - len(bias)
-        for start in range(len(bias) - 1, -1, -1):
-            if n_inputs > 0 and kernel[:start] + kernel[start + n_inputs :] == bias:
-                return range(start, start + n_inputs)
-    return range(len(kernel) - 1)
-
-
-def _guess_stats_shape(kernel: Shape, axes: range) -> Shape:
-    # Three or more input axes are a convolution's, whose statistics do not vary in space.
-    spatial = axes[:-1] if len(axes) >= 3 else range(0)
-    return tuple(
-        size if axis < axes.stop and axis not in spatial else 1 for axis, size in enumerate(kernel)
-    )
+    for name, layer in layers.items():
+        shape = tuple(jnp.shape(leaves[name])) if name in leaves else layer.kernel_shape
+        if layer.kernel_shape not in ((), shape):
+            msg = (
+                f"`layers` has `{name}` with shape {layer.kernel_shape}, but the parameters "
+                f"have it with shape {shape}. {remedy}"
+            )
+            raise ValueError(msg)

@@ -6,14 +6,14 @@ from typing import Any, TypedDict, TypeVar
 
 from jax.typing import ArrayLike
 
+from bnp_optax.layers import Layers
 from bnp_optax.preconditioners.bnp import Variance, bnp
-from bnp_optax.preconditioners.layout import Layers
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class BNPOptions(TypedDict, total=False):
-    """The options of `bnp`, which see."""
+    """The options of `bnp`, where they are described."""
 
     decay: ArrayLike
     eps_rel: ArrayLike

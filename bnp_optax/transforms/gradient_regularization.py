@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from bnp_optax._checks import check_choice, check_non_negative, check_positive
 from bnp_optax.preconditioners import Preconditioner
 from bnp_optax.preconditioners.base import check_preconditioner
-from bnp_optax.transforms.extra_args import derivative_of, gradient_of
+from bnp_optax.transforms.functions_of_z import derivative_of, gradient_of
 
 Norm = Literal["squared", "l2"]
 Mode = Literal["exact", "forward", "backward"]
@@ -165,8 +165,9 @@ def _regularization(
         in_z, direction = updates, updates
         if preconditioner is not None:
             p_state = preconditioner.update(updates, p_state, params, **extra_args)
-            in_z = preconditioner.apply_transpose(p_state, updates)
-            direction = preconditioner.apply(p_state, in_z)
+            P = preconditioner.operator(p_state)
+            in_z = P.transpose(updates)
+            direction = P.mv(in_z)
         length = optax.tree.norm(in_z)
         weight = strength(state.count) if callable(strength) else strength
         # Of a zero gradient, both norms' gradients are taken to be 0.

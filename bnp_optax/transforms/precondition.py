@@ -60,11 +60,6 @@ def precondition(
     check_preconditioner(preconditioner)
     first = None if before is None else optax.with_extra_args_support(before)
 
-    def multiply(state: Any, g: optax.Updates) -> optax.Updates:
-        if preconditioner.gram is not None:
-            return preconditioner.gram(state, g)
-        return preconditioner.apply(state, preconditioner.apply_transpose(state, g))
-
     def init_fn(params: optax.Params) -> Any:
         state = preconditioner.init(params)
         return state if first is None else PreconditionState(state, first.init(params))
@@ -74,10 +69,11 @@ def precondition(
     ) -> tuple[optax.Updates, Any]:
         p_state = state if first is None else state.preconditioner
         p_state = preconditioner.update(updates, p_state, params, **extra_args)
+        P = preconditioner.operator(p_state)
         if first is None:
-            return multiply(p_state, updates), p_state
+            return P.gram(updates), p_state
         updates, first_state = update_inner(first, updates, state.before, params, extra_args)
-        return multiply(p_state, updates), PreconditionState(p_state, first_state)
+        return P.gram(updates), PreconditionState(p_state, first_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -1,7 +1,6 @@
 """Run any optimizer on z, where p = P z."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,16 +10,14 @@ from jaxtyping import Array
 
 from bnp_optax.preconditioners import Preconditioner
 from bnp_optax.preconditioners.base import check_preconditioner
-from bnp_optax.transforms.extra_args import (
-    derivative_of,
-    gradient_of,
-    update_inner,
-    with_derivative,
-    with_gradient,
+from bnp_optax.transforms.extra_args import update_inner
+from bnp_optax.transforms.functions_of_z import GradientInZ, Point, ValueInZ
+from bnp_optax.transforms.stored_points import (
+    carry_points,
+    check_runs_in_z,
+    find_points,
+    forget_value,
 )
-from bnp_optax.transforms.proximal_l1 import ProximalL1State
-
-Map = Callable[[Any], Any]
 
 
 class InZspaceState(NamedTuple):
@@ -49,6 +46,14 @@ def in_zspace(
     `grad_fn` and `value_fn` become functions of z. So a regularizer in `inner` acts on z: with
     `optax.adamw`, decay shrinks z, which is decoupled decay of p.
 
+    Parameters that `inner` keeps in its state, as schedule-free does, are carried along when P
+    moves, so that they stand for the same p. `optax.value_and_grad_from_state` works, but
+    computes the gradient anew.
+
+    P mixes a layer's bias with its kernel: a zero gradient does not freeze half a layer. Put
+    `optax.partition` or `optax.masked` around `in_zspace` for that, or leave the layer out of
+    `layers`. A derivative through an update takes P's running statistics for constants.
+
     Args:
       inner: Any Optax transformation. It gets those extra arguments that its `update` takes,
         other than `layer_stats`.
@@ -59,6 +64,10 @@ def in_zspace(
 
     Returns:
       A transformation with state `InZspaceState`.
+
+    Raises:
+      ValueError: At `init`, if `inner` is one of the few that cannot run in z: lookahead, COCOB,
+        MADGRAD.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -85,36 +94,49 @@ def in_zspace(
 
     def init_fn(params: optax.Params) -> InZspaceState:
         state = preconditioner.init(params)
-        z = preconditioner.solve(state, params)
-        return InZspaceState(state, inner.init(z), first.init(params))
+        z = preconditioner.operator(state).solve(params)
+        inner_state = inner.init(z)
+        check_runs_in_z(inner_state)
+        return InZspaceState(state, inner_state, first.init(params))
+
+    @functools.cache
+    def points_of(treedef: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+        return find_points(inner.init, treedef.unflatten(shapes))
+
+    def carried(state: InZspaceState, params: Any, P: Any) -> Any:
+        """The inner state, whose points stand for the same parameters under the new P."""
+        leaves, treedef = jax.tree.flatten(params)
+        points = points_of(treedef, tuple(map(jax.typeof, leaves)))
+        if not points:
+            return state.inner
+        old = preconditioner.operator(state.preconditioner)
+        return carry_points(state.inner, points, params, old, P)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, InZspaceState]:
         p_state = preconditioner.update(updates, state.preconditioner, params, **extra_args)
         updates, first_state = update_inner(first, updates, state.before, params, extra_args)
-        to_p = functools.partial(preconditioner.apply, p_state)
-        pull_back = functools.partial(preconditioner.apply_transpose, p_state)
-        if extra_args.get("grad") is not None:
-            extra_args["grad"] = pull_back(extra_args["grad"])
-        z = None if params is None else preconditioner.solve(p_state, params)
-        for name, mapped in (("value_fn", _mapped_value), ("grad_fn", _mapped_gradient)):
+        P = preconditioner.operator(p_state)
+        z = None if params is None else P.solve(params)
+        inner_state = state.inner if params is None else carried(state, params, P)
+        in_z = {
+            "grad": P.transpose,
+            "value_fn": lambda value_fn: ValueInZ(value_fn, Point(P, params, z)),
+            "grad_fn": lambda grad_fn: GradientInZ(grad_fn, Point(P, params, z)),
+        }
+        for name, mapped in in_z.items():
             if extra_args.get(name) is not None:
-                extra_args[name] = mapped(extra_args[name], params, z, to_p, pull_back)
-        z_updates, inner_state = update_inner(inner, pull_back(updates), state.inner, z, extra_args)
-        updates = to_p(z_updates)
-        if params is not None and _may_set_zeros(inner_state):
+                extra_args[name] = mapped(extra_args[name])
+        z_updates, inner_state = update_inner(
+            inner, P.transpose(updates), inner_state, z, extra_args
+        )
+        updates = P.mv(z_updates)
+        if params is not None:
             updates = jax.tree.map(_exact_zero, updates, params, z_updates, z)
-        return updates, InZspaceState(p_state, inner_state, first_state)
+        return updates, InZspaceState(p_state, forget_value(inner_state), first_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _may_set_zeros(inner_state: Any) -> bool:
-    def is_proximal(node: Any) -> bool:
-        return isinstance(node, ProximalL1State)
-
-    return any(map(is_proximal, jax.tree.leaves(inner_state, is_leaf=is_proximal)))
 
 
 def _exact_zero(update: Array, p: Array, z_update: Array, z: Array) -> Array:
@@ -123,39 +145,10 @@ def _exact_zero(update: Array, p: Array, z_update: Array, z: Array) -> Array:
     P(P^-1 p) is p up to rounding, so where the new z is 0, the new p would be about 1e-8 p. Nor is
     the new z exactly 0 where the compiler fuses its product into the sum.
     """
+    if not jnp.issubdtype(jnp.result_type(p), jnp.inexact):
+        return update
 
     def vanishes(x: Array, change: Array) -> Array:
-        return jnp.abs(x + change) <= 8 * jnp.finfo(x.dtype).eps * jnp.abs(x)
+        return jnp.abs(x + change) <= 4 * jnp.finfo(x.dtype).eps * jnp.abs(x)
 
     return jnp.where(vanishes(z, z_update) & vanishes(p, update), -p, update).astype(update.dtype)
-
-
-def _mapped_value(
-    value_fn: Callable[..., Any], params: Any, z: Any, to_p: Map, pull_back: Map
-) -> Callable[..., Any]:
-    """`value_fn` of p as one of z."""
-
-    @functools.wraps(value_fn)
-    def of_z(z: Any, *args: Any, **kwargs: Any) -> Any:
-        return value_fn(to_p(z), *args, **kwargs)
-
-    gradient = _mapped_gradient(gradient_of(value_fn), params, z, to_p, pull_back)
-    return with_gradient(of_z, gradient)
-
-
-def _mapped_gradient(
-    grad_fn: Callable[..., Any], params: Any, z: Any, to_p: Map, pull_back: Map
-) -> Callable[..., Any]:
-    """`grad_fn` of p as one of z.
-
-    At z, its derivative is taken at p itself: P(P^-1 p) is p but for rounding, so there the
-    gradient that the training step has computed already would be computed once more.
-    """
-
-    @functools.wraps(grad_fn)
-    def of_z(z: Any, *args: Any, **kwargs: Any) -> Any:
-        return pull_back(grad_fn(to_p(z), *args, **kwargs))
-
-    return with_derivative(
-        of_z, z, lambda direction: pull_back(derivative_of(grad_fn, params, to_p(direction)))
-    )

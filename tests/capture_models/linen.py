@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         return nn.Dense(2, name="head")(blocks(name="blocks")(x, None)[0])
 
 
-@case("linen", {"blocks/norm_1/scale": "`mul`", "blocks/norm_2/scale": "`mul`"})
+@case("linen")
 def linen_transformer_scan_remat():
     x = inputs(2, 3, 4)
     loss_fn, params, args, p = linen(Transformer(), x)

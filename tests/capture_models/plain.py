@@ -176,6 +176,32 @@ def plain_stack_indexed():
 
 
 @case("jax")
+def plain_stack_taken_apart():
+    def forward(p, x):
+        for w in jnp.unstack(p["w"]):
+            x = jnp.tanh(x @ w)
+        return x
+
+    return layers_in_one_array(forward)
+
+
+@case("jax")
+def plain_kernels_put_together():
+    """Into one array, for a scan."""
+    x = inputs(3, 3)
+
+    def forward(p, x):
+        kernels, biases = jnp.stack([p["w1"], p["w2"]]), jnp.stack([p["b1"], p["b2"]])
+        step = lambda x, layer: (jnp.tanh(x @ layer[0] + layer[1]), None)  # noqa: E731
+        return lax.scan(step, x, (kernels, biases))[0]
+
+    loss_fn, params, args, p = plain(forward, weights(w1=(3, 3), w2=(3, 3), b1=(3,), b2=(3,)), x)
+    hidden = np.tanh(x @ p["w1"] + p["b1"])
+    expected = {"w1": Record([x], DENSE, "b1"), "w2": Record([hidden], DENSE, "b2")}
+    return Model(loss_fn, params, args, expected, hand_score(np.tanh(hidden @ p["w2"] + p["b2"])))
+
+
+@case("jax")
 def plain_stack_indexed_in_a_loop():
     """Taken out at an index that is known only when it runs."""
 
@@ -277,6 +303,18 @@ def plain_scaled():
     hidden = np.tanh(x @ (0.5 * p["w1"]))
     expected = {"w2": Record([hidden], DENSE)}
     return Model(loss_fn, params, args, expected, hand_score(hidden @ p["w2"]))
+
+
+@case("jax")
+def plain_scaled_with_its_bias():
+    """A layer whose parameters are all scaled alike is one with scaled outputs."""
+    return one_layer(
+        lambda p, x: (lambda q: x @ q["w"] + q["b"])(jax.tree.map(lambda a: a / 8, p)),
+        lambda p, x: (x @ p["w"] + p["b"]) / 8,
+        DENSE,
+        w=(4, 5),
+        b=(5,),
+    )
 
 
 @case("jax", {"w1": "`div` changes it"})

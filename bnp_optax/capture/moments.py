@@ -1,20 +1,28 @@
-"""What a product of inputs with a kernel says of the inputs: which of them a kernel entry meets."""
+"""Means and variances of the inputs that a kernel meets, accurate where |mean| >> deviation.
+
+A product with a kernel is described by which axis of its inputs each axis of the kernel meets;
+all other axes of the inputs are *reduction axes*, the rows that the moments are taken over. For
+`x @ W` with x of shape (batch, in) and W (in, out), kernel axis 0 meets input axis 1, kernel
+axis 1 meets none, and the rows run over input axis 0: mean and variance have the shape (in, 1).
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnp_optax.statistics import MANY_ROWS, moments
-
 ConvStatistics = Literal["channel", "patch"]
-# Mean, variance, and the sum of the rows' weights with the number of rows.
-Moments = tuple[jax.Array, jax.Array, tuple[Any, int]]
+# Weights of the rows, or None where all rows count alike.
 Weights = jax.Array | None
+# Mean, variance, and the share of all rows that the weights leave: 1 without weights.
+Moments = tuple[jax.Array, jax.Array, Any]
+
+# Sums of fewer float32 numbers keep their digits in any order.
+_MANY_ROWS = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,80 +30,27 @@ class Options:
     """How finely statistics are taken.
 
     Attributes:
-      conv_statistics: `'channel'` or `'patch'`.
+      conv_statistics: `'channel'` or `'patch'`, as in `value_and_grad`.
       sample_rows: Number of rows to take them from; None for all.
       embeddings: Whether a lookup counts as a product with one-hot rows.
-      weighted: Whether rows have weights.
     """
 
     conv_statistics: ConvStatistics = "channel"
     sample_rows: int | None = None
     embeddings: bool = False
-    weighted: bool = False
-
-    @property
-    def need_jaxpr(self) -> str:
-        """The option that only the jaxpr engine has, for a message; empty if there is none."""
-        needs = {
-            "`conv_statistics='patch'`": self.conv_statistics == "patch",
-            "`embeddings=True`": self.embeddings,
-            "`weights`": self.weighted,
-        }
-        return next((option for option, needed in needs.items() if needed), "")
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """One product, as far as its kernel is concerned.
-
-    Attributes:
-      moments: Computes the mean and variance of the inputs, in the kernel's layout, given weights
-        of their rows or None; and the sum of these weights with the number of rows.
-      input_axes: Axes of the kernel that are summed over, negative.
-      positions: Output positions that share the kernel.
-      count: Batch size x positions.
-    """
-
-    moments: Callable[[Weights], Moments]
-    input_axes: tuple[int, ...]
-    positions: int
-    count: int
-
-
-class NotCovered(Exception):  # noqa: N818 - a result of looking at a layer, not a failure
-    """A layer whose kernel cannot be preconditioned; the message says why."""
 
 
 def contraction(
-    inputs: Any, axis_of: tuple[int | None, ...], contracted: set[int], options: Options
-) -> Reading:
-    """A product in which kernel axis i meets input axis `axis_of[i]`, or none of them.
-
-    Args:
-      inputs: What the kernel multiplies; need only have a shape until moments are asked for.
-      axis_of: Input axis for each kernel axis, or None.
-      contracted: The input axes that are summed over.
-      options: How finely to take the statistics.
-    """
-    met = tuple(axis for axis in axis_of if axis is not None)
-    reduce_axes = tuple(axis for axis in range(len(inputs.shape)) if axis not in met)
-    order = tuple(sorted(met).index(axis) for axis in met)
-    new_axes = tuple(i for i, axis in enumerate(axis_of) if axis is None)
-
-    def arrange(stat: jax.Array) -> jax.Array:
-        return jnp.expand_dims(jnp.transpose(stat, order), new_axes)
-
-    def compute(weights: Weights) -> Moments:
-        x = jnp.asarray(inputs)
-        mean, var, mass = _moments(x, reduce_axes, weights, options.sample_rows)
-        return arrange(mean), arrange(var), mass
-
-    return Reading(
-        moments=compute,
-        input_axes=tuple(i - len(axis_of) for i, axis in enumerate(axis_of) if axis in contracted),
-        positions=1,
-        count=math.prod(inputs.shape[axis] for axis in reduce_axes),
-    )
+    x: jax.Array, axis_of: Sequence[int | None], weights: Weights, options: Options
+) -> Moments:
+    """Moments of `x` for a kernel whose axis i meets the axis `axis_of[i]` of `x`, or none."""
+    met = [axis for axis in axis_of if axis is not None]
+    rows = tuple(axis for axis in range(x.ndim) if axis not in met)
+    order = [sorted(met).index(axis) for axis in met]
+    absent = tuple(i for i, axis in enumerate(axis_of) if axis is None)
+    mean, var, share = _moments(x, rows, weights, options.sample_rows)
+    mean, var = (jnp.expand_dims(jnp.transpose(stat, order), absent) for stat in (mean, var))
+    return mean, var, share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,20 +83,19 @@ class Window:
 
 
 def convolution(
-    inputs: Any,
-    positions: int,
-    features: int,
-    groups: int,
-    options: Options,
-    window: Window | None = None,
-) -> Reading:
-    """A convolution of `inputs` (batch, *spatial, channels) with a kernel (*spatial, in, out).
+    x: jax.Array, features: int, groups: int, window: Window, weights: Weights, options: Options
+) -> Moments:
+    """Moments of a map `x` (batch, *spatial, channels) for a kernel (*spatial, in, features).
 
-    Statistics are (21) and (22) of the JMLR paper, of the feature map's channels; with
-    `conv_statistics='patch'`, which needs `window`, they are (19) and (20), of the entries that
-    each kernel entry meets.
+    They are (21) and (22) of the JMLR paper, of the map's channels, in the shape (1, .., in, 1);
+    with `conv_statistics='patch'` (19) and (20), of the entries that each kernel entry meets, in
+    the shape (*spatial, in, 1). With groups, the last axis has one entry for each feature.
     """
-    n_spatial = len(inputs.shape) - 2
+    if options.conv_statistics == "patch":
+        mean, var, share = _patch_moments(x, window, weights, options.sample_rows)
+    else:
+        mean, var, share = _moments(x, tuple(range(x.ndim - 1)), weights, options.sample_rows)
+        mean, var = (stat.reshape((1,) * (x.ndim - 2) + stat.shape) for stat in (mean, var))
 
     def by_group(stat: jax.Array) -> jax.Array:
         # Output channels come group by group, and each meets the input channels of its group.
@@ -150,45 +104,22 @@ def convolution(
         per_group = jnp.moveaxis(stat.reshape(*stat.shape[:-1], groups, -1), -2, -1)
         return jnp.repeat(per_group, features // groups, axis=-1)
 
-    def compute(weights: Weights) -> Moments:
-        x = jnp.asarray(inputs)
-        if options.conv_statistics == "patch" and window is not None:
-            mean, var, mass = _patch_moments(x, window, weights, options.sample_rows)
-        else:
-            axes = tuple(range(x.ndim - 1))
-            mean, var, mass = _moments(x, axes, weights, options.sample_rows)
-            mean, var = (m.reshape((1,) * n_spatial + m.shape) for m in (mean, var))
-        return by_group(mean), by_group(var), mass
-
-    return Reading(
-        moments=compute,
-        input_axes=tuple(range(-n_spatial - 2, -1)),
-        positions=positions,
-        count=inputs.shape[0] * positions,
-    )
+    return by_group(mean), by_group(var), share
 
 
-def lookup(indices: Any, n_rows: int, n_features: int, options: Options) -> Reading:
-    """A lookup of rows of a table (n_rows, *features), as a product with one-hot vectors.
+def lookup(
+    indices: jax.Array, n_rows: int, n_features: int, weights: Weights, options: Options
+) -> Moments:
+    """Moments of one-hot vectors at `indices`, for a table (n_rows, *features).
 
     The mean of a one-hot input is the frequency f of its row, its variance f (1 - f).
     """
-
-    def compute(weights: Weights) -> Moments:
-        rows = jnp.asarray(indices)
-        axes = tuple(range(rows.ndim))
-        rows, _, share, mass = _rows(rows, axes, weights, options.sample_rows)
-        share = jnp.full(rows.size, 1.0 / rows.size) if share is None else share
-        frequency = jnp.zeros(n_rows, jnp.float32).at[rows.ravel()].add(share, mode="drop")
-        frequency = frequency.reshape(n_rows, *(1,) * n_features)
-        return frequency, frequency * (1.0 - frequency), mass
-
-    return Reading(
-        moments=compute,
-        input_axes=(-1 - n_features,),
-        positions=1,
-        count=math.prod(indices.shape),
-    )
+    axes = tuple(range(indices.ndim))
+    rows, _, shares, share = _rows(indices, axes, weights, options.sample_rows)
+    shares = jnp.full(rows.size, 1.0 / max(rows.size, 1)) if shares is None else shares
+    frequency = jnp.zeros(n_rows, jnp.float32).at[rows.ravel()].add(shares, mode="drop")
+    frequency = frequency.reshape(n_rows, *(1,) * n_features)
+    return frequency, frequency * (1.0 - frequency), share
 
 
 def _patch_moments(
@@ -202,10 +133,10 @@ def _patch_moments(
     """
     spatial = range(len(window.sizes))
     n_examples = None if sample_rows is None else max(sample_rows // math.prod(x.shape[1:-1]), 1)
-    x, _, share, mass = _rows(x, (0,), weights, n_examples)
+    x, _, shares, share = _rows(x, (0,), weights, n_examples)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    share = jnp.full(x.shape[0], 1.0 / x.shape[0]) if share is None else share
-    center = jnp.einsum("b,b...->...", share, jnp.mean(x, axis=tuple(range(1, x.ndim - 1))))
+    shares = jnp.full(x.shape[0], 1.0 / max(x.shape[0], 1)) if shares is None else shares
+    center = jnp.einsum("b,b...->...", shares, jnp.mean(x, axis=tuple(range(1, x.ndim - 1))))
     y = x - center.reshape((1,) * (x.ndim - 1) + center.shape)
     meetings = [window.meetings(axis, x.shape[1 + axis]) for axis in spatial]
     inside = np.ones(())
@@ -216,7 +147,7 @@ def _patch_moments(
 
     def reached(powers: jax.Array) -> jax.Array:
         """The average over the batch, summed over the positions that each entry meets."""
-        total = jnp.einsum("b,b...->...", share, powers, precision="highest") / n_outputs
+        total = jnp.einsum("b,b...->...", shares, powers, precision="highest") / n_outputs
         for axis in spatial:
             rows = jnp.asarray(meetings[axis], total.dtype)
             summed = jnp.tensordot(rows, total, (1, axis), precision="highest")
@@ -231,7 +162,7 @@ def _patch_moments(
     shift = center - mean
     var = second + 2 * shift * first + inside * shift**2 + (1 - inside) * mean**2
     var = jnp.maximum(var, 0.0)
-    return mean.astype(jnp.float32), var.astype(jnp.float32), mass
+    return mean.astype(jnp.float32), var.astype(jnp.float32), share
 
 
 def _sample(n_rows: int, n_chosen: int) -> np.ndarray:
@@ -247,32 +178,32 @@ def _sample(n_rows: int, n_chosen: int) -> np.ndarray:
 
 def _rows(
     x: jax.Array, axes: tuple[int, ...], weights: Weights, n_chosen: int | None
-) -> tuple[jax.Array, tuple[int, ...], Weights, tuple[Any, int]]:
+) -> tuple[jax.Array, tuple[int, ...], Weights, Any]:
     """The rows of `x`, which run over `axes`, that statistics are taken from.
 
     Returns:
       The rows; the axes that they run over; their shares, which sum to 1, or None where all are
-      equal; and the sum of all rows' weights with the number of all rows.
+      equal; and the mean weight of all rows, 1 without weights.
     """
     sizes = tuple(x.shape[axis] for axis in axes)
     n_rows = math.prod(sizes)
     sampled = n_chosen is not None and n_chosen < n_rows
     if weights is None and not sampled:
-        return x, axes, None, (n_rows, n_rows)
+        return x, axes, None, 1.0
     rest = tuple(axis for axis in range(x.ndim) if axis not in axes)
     rows = jnp.transpose(x, (*axes, *rest)).reshape(n_rows, *(x.shape[axis] for axis in rest))
     flat = None if weights is None else _fitted(weights, sizes).ravel().astype(jnp.float32)
-    mass = (n_rows if flat is None else jnp.sum(flat), n_rows)
+    share = 1.0 if flat is None else jnp.sum(flat) / max(n_rows, 1)
     if n_chosen is not None and sampled:
         chosen = _sample(n_rows, n_chosen)
         rows, flat = rows[chosen], None if flat is None else flat[chosen]
     if flat is None:
-        return rows, (0,), None, mass
+        return rows, (0,), None, share
     total = jnp.sum(flat)
-    share = flat / jnp.where(total > 0.0, total, 1.0)
+    shares = flat / jnp.where(total > 0.0, total, 1.0)
     # What a row of no weight holds, which may be anything, must not reach a sum.
     counts = (flat > 0.0).reshape(-1, *(1,) * len(rest))
-    return jnp.where(counts, rows, jnp.zeros((), rows.dtype)), (0,), share, mass
+    return jnp.where(counts, rows, jnp.zeros((), rows.dtype)), (0,), shares, share
 
 
 def _fitted(weights: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
@@ -296,24 +227,49 @@ def _fitted(weights: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
 def _moments(
     x: jax.Array, axes: tuple[int, ...], weights: Weights, sample_rows: int | None
 ) -> Moments:
-    """Mean and variance over `axes`."""
-    rows, axes, share, mass = _rows(x, axes, weights, sample_rows)
-    if share is None:
-        return *moments(rows, axes), mass
+    """Mean and biased variance over `axes`, in two passes.
+
+    The variance is summed from differences to the mean, which are of the size of the spread.
+    """
+    rows, axes, shares, share = _rows(x, axes, weights, sample_rows)
     rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
-    mean = _weighted_sum(share, rows)
-    var = _weighted_sum(share, (rows - mean[None]) ** 2)
-    return mean.astype(jnp.float32), var.astype(jnp.float32), mass
+    if any(rows.shape[axis] == 0 for axis in axes):
+        mean = var = jnp.zeros([n for axis, n in enumerate(rows.shape) if axis not in axes])
+    elif shares is None:
+        mean = _mean(rows, axes)
+        var = jnp.squeeze(_mean((rows - mean) ** 2, axes), axes)
+        mean = jnp.squeeze(mean, axes)
+    else:
+        mean = _weighted_sum(shares, rows)
+        var = _weighted_sum(shares, (rows - mean[None]) ** 2)
+    return mean.astype(jnp.float32), var.astype(jnp.float32), share
 
 
-def _weighted_sum(share: jax.Array, rows: jax.Array) -> jax.Array:
+def _are_many(n_rows: Any) -> bool:
+    """Whether so many rows need care; a symbolic number, as in `jax.export`, may be large."""
+    return not isinstance(n_rows, int) or n_rows > _MANY_ROWS
+
+
+def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The mean over `axes`, which keep their place; of many rows axis by axis, from the last on.
+
+    XLA may sum over several axes one by one (on the CPU before jax 0.10), which loses digits.
+    """
+    if not _are_many(math.prod(x.shape[axis] for axis in axes)):
+        return jnp.mean(x, axis=axes, keepdims=True)
+    for axis in sorted(axes, reverse=True):
+        x = jnp.mean(x, axis=axis, keepdims=True)
+    return x
+
+
+def _weighted_sum(shares: jax.Array, rows: jax.Array) -> jax.Array:
     """The sum of rows times their shares; of many rows in parts, for one long sum loses digits."""
-    if len(share) <= MANY_ROWS:
-        return jnp.tensordot(share, rows, 1, precision="highest")
-    parts = math.isqrt(len(share) - 1) + 1
-    rest = parts**2 - len(share)
-    share, rows = (
+    if not _are_many(len(shares)):
+        return jnp.tensordot(shares, rows, 1, precision="highest")
+    parts = math.isqrt(len(shares) - 1) + 1
+    rest = parts**2 - len(shares)
+    shares, rows = (
         jnp.pad(y, ((0, rest), *((0, 0),) * (y.ndim - 1))).reshape(parts, parts, *y.shape[1:])
-        for y in (share, rows)
+        for y in (shares, rows)
     )
-    return jnp.sum(jnp.einsum("pr,pr...->p...", share, rows, precision="highest"), axis=0)
+    return jnp.sum(jnp.einsum("pr,pr...->p...", shares, rows, precision="highest"), axis=0)

@@ -1,6 +1,11 @@
-"""Evaluate a jaxpr as it is, and measure the inputs of its products on the way."""
+"""Evaluate a jaxpr as it is, and measure the inputs of its products on the way.
+
+What a trace has found becomes extra outputs: of this jaxpr, and of every function in between that
+calls the one with the product. Values and derivatives are those of the equations as they are.
+"""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -13,16 +18,17 @@ from jax.extend.core import primitives as prims
 from jax.sharding import PartitionSpec, Sharding
 
 from bnp_optax.capture import views
-from bnp_optax.capture.analysis import is_remat
-from bnp_optax.capture.plan import Plan, Use, innermost
-from bnp_optax.capture.reading import Weights
+from bnp_optax.capture.devices import dimension_axes
+from bnp_optax.capture.jaxprs import is_remat
+from bnp_optax.capture.moments import Weights
+from bnp_optax.capture.uses import Trace, Use
 from bnp_optax.capture.views import Measure
 
 Measures = list[Measure]
 
 
 def evaluate(
-    plan: Plan, wanted: Collection[Use], args: Sequence[Any], weights: Weights
+    trace: Trace, wanted: Collection[Use], args: Sequence[Any], weights: Weights
 ) -> tuple[list[Any], dict[Use, Measure]]:
     """The outputs of a jaxpr, and the measurements `wanted`, in their parameters' layouts.
 
@@ -31,8 +37,8 @@ def evaluate(
     Equations are left to JAX, all but the calls that something is measured in. These are called
     again with the same options, as functions that return the measurements too.
     """
-    jaxpr = plan.jaxpr
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, plan.consts, strict=True))
+    jaxpr = trace.jaxpr
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, trace.consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
 
     def read(atom: Any) -> Any:
@@ -44,7 +50,7 @@ def evaluate(
     calls = sorted(
         index for index, uses in by_equation.items() if any(use.inner is not None for use in uses)
     )
-    last_use = _last_use(plan, wanted)
+    last_use = _last_use(trace, wanted)
     measures: dict[Use, Measure] = {}
     start = 0
     for stop in (*calls, len(jaxpr.eqns)):
@@ -52,40 +58,40 @@ def evaluate(
         if stop < len(jaxpr.eqns):
             eqn = jaxpr.eqns[stop]
             inner = list(dict.fromkeys(use.inner for use in by_equation[stop] if use.inner))
-            outs, found = _call(plan, stop, inner, [read(atom) for atom in eqn.invars], weights)
+            outs, found = _call(trace, stop, inner, [read(atom) for atom in eqn.invars], weights)
             env.update(zip(eqn.outvars, outs, strict=True))
             for use in by_equation[stop]:
                 if use.inner is not None:
                     measures[use] = use.piece.pull(found[use.inner], read)
         start = stop + 1
     for use in wanted:
-        if use.measure is not None:
+        if use.inner is None:
             # One product may hold several parameters; their measurement is one to the compiler.
             measures[use] = use.piece.pull(_measured(use, read(use.inputs), weights), read)
     return [read(atom) for atom in jaxpr.outvars], measures
 
 
 def _measured(use: Use, inputs: jax.Array, weights: Weights) -> Measure:
-    reading = use.measure(lax.stop_gradient(inputs))  # type: ignore[misc]
     try:
-        mean, var, (total, n_rows) = reading.moments(weights)
+        mean, var, share = use.product.measure(lax.stop_gradient(inputs), weights)
     except ValueError as error:
         error.add_note(f"This happened at the inputs of `{use.name}`.")
         raise
-    count = jnp.full((1,) * mean.ndim, total * (reading.count / n_rows), jnp.float32)
-    return Measure(mean, var, None, count)
+    # The number of rows may be symbolic, as in `jax.export`.
+    count = jnp.asarray(use.product.count).astype(jnp.float32) * share
+    return Measure(mean, var, None, jnp.reshape(count, (1,) * mean.ndim))
 
 
-def _last_use(plan: Plan, wanted: Collection[Use]) -> dict[Any, int]:
+def _last_use(trace: Trace, wanted: Collection[Use]) -> dict[Any, int]:
     """For each variable, the index of the last equation that needs it."""
-    jaxpr = plan.jaxpr
+    jaxpr = trace.jaxpr
     last = {
         atom: index
         for index, eqn in enumerate(jaxpr.eqns)
         for atom in eqn.invars
         if not isinstance(atom, Literal)
     }
-    kept = [*jaxpr.outvars, *(use.inputs for use in wanted if use.measure is not None)]
+    kept = [*jaxpr.outvars, *(use.inputs for use in wanted if use.inner is None)]
     if any(use.piece.reads for use in wanted):
         kept += [
             atom
@@ -116,14 +122,14 @@ def _run(jaxpr: Any, part: slice, last_use: dict[Any, int], env: dict[Any, Any])
 
 
 def _call(
-    outer: Plan, index: int, inner: list[Use], args: list[Any], weights: Weights
+    outer: Trace, index: int, inner: list[Use], args: list[Any], weights: Weights
 ) -> tuple[Sequence[Any], dict[Use, Measure]]:
     """The outputs of a call, and the measurements `inner` in its inputs' layouts."""
-    eqn, plans = outer.jaxpr.eqns[index], outer.calls[index]
-    plan = plans[0]
+    eqn, traces = outer.jaxpr.eqns[index], outer.calls[index]
+    trace = traces[0]
 
     def weighed(weights: Weights, *args: Any) -> tuple[list[Any], Measures]:
-        outs, found = evaluate(plan, inner, args, weights)
+        outs, found = evaluate(trace, inner, args, weights)
         return outs, [found[use] for use in inner]
 
     def measured(*args: Any) -> tuple[list[Any], Measures]:
@@ -137,7 +143,7 @@ def _call(
     elif eqn.primitive is prims.scan_p:
         outs, found = _scan(eqn, weighed, inner, args, weights)
     elif eqn.primitive is prims.cond_p:
-        outs, found = _cond(plans, inner, args, weights)
+        outs, found = _cond(traces, inner, args, weights)
     elif eqn.primitive.name == "shard_map":
         outs, found = _shard_map(eqn, measured, inner, args)
     else:
@@ -216,19 +222,19 @@ def _scan(
 
 
 def _cond(
-    plans: list[Plan], inner: list[Use], args: list[Any], weights: Weights
+    traces: list[Trace], inner: list[Use], args: list[Any], weights: Weights
 ) -> tuple[list[Any], Measures]:
     index, *operands = args
     shapes = [
-        _shapes(plan, [use for use in inner if use in set(plan.uses)], operands, weights)
-        for plan in plans
+        _shapes(trace, [use for use in inner if use in set(trace.uses)], operands, weights)
+        for trace in traces
     ]
 
     def branch(number: int) -> Callable[..., Any]:
         def taken(*operands: Any) -> tuple[list[Any], Measures]:
-            plan = plans[number]
-            here = [use for use in inner if use in set(plan.uses)]
-            outs, found = evaluate(plan, here, operands, weights)
+            trace = traces[number]
+            here = [use for use in inner if use in set(trace.uses)]
+            outs, found = evaluate(trace, here, operands, weights)
             return outs, [
                 found[use]
                 if use in found
@@ -242,12 +248,12 @@ def _cond(
 
         return taken
 
-    return lax.switch(index, [branch(number) for number in range(len(plans))], *operands)
+    return lax.switch(index, [branch(number) for number in range(len(traces))], *operands)
 
 
-def _shapes(plan: Plan, uses: list[Use], args: list[Any], weights: Weights) -> dict[Use, Any]:
+def _shapes(trace: Trace, uses: list[Use], args: list[Any], weights: Weights) -> dict[Use, Any]:
     def measured(*args: Any) -> Measures:
-        _, found = evaluate(plan, uses, args, weights)
+        _, found = evaluate(trace, uses, args, weights)
         return [found[use] for use in uses]
 
     return dict(zip(uses, jax.eval_shape(measured, *args), strict=True))
@@ -279,46 +285,45 @@ def _shard_map(
     found = []
     for use, measure in zip(inner, gathered, strict=True):
         spec = params["in_specs"][use.root]
-        varying = _varying_axes(use) if params["check_vma"] else None
-        found.append(_joined(measure, [(a, sizes[a]) for a in axes], spec, varying))
+        copied = {n: n in use.piece.gathered or n not in use.varying for n in axes}
+        along = {
+            name: dimension
+            for dimension, names in enumerate(spec)
+            for name in dimension_axes(names)
+            if dimension in use.stats_axes
+        }
+        found.append(_joined(measure, {name: sizes[name] for name in axes}, along, copied))
     return outs, found
 
 
-def _varying_axes(use: Use) -> frozenset[str]:
-    """The mesh axes over which the inputs of a product differ."""
-    aval = innermost(use).inputs.aval
-    manual = getattr(aval, "manual_axis_type", aval)
-    return frozenset(getattr(manual, "varying", getattr(manual, "vma", ())))
-
-
 def _joined(
-    measure: Measure,
-    axes: list[tuple[str, int]],
-    spec: PartitionSpec,
-    varying: frozenset[str] | None,
+    measure: Measure, sizes: dict[str, int], along: dict[str, int], copied: dict[str, bool]
 ) -> Measure:
     """One measurement from those of all devices, stacked along the leading axis.
 
-    `varying` are the mesh axes over which the inputs differ, None if that is not known.
+    Args:
+      measure: The stacked measurements.
+      sizes: The size of each mesh axis.
+      along: The mesh axes that shard the measurement, each with the axis that it shards.
+      copied: Whether the devices along a mesh axis have measured the same rows.
     """
-    n_axes = len(axes)
-    measure = measure.map(lambda x: x.reshape(*(size for _, size in axes), *x.shape[1:]))
-    position = {name: i for i, (name, _) in enumerate(axes)}
-    for dimension, names in enumerate(spec):
-        for name in reversed((names,) if isinstance(names, str) else tuple(names or ())):
-            axis = n_axes + dimension
-            if measure.mean.shape[axis] > 1 or measure.count.shape[axis] > 1:
-                # Shards of the kernel: put them side by side.
-                measure = measure.map(lambda x, n=name, a=axis: _unshard(x, position[n], a))
-    copies = math.prod(size for name, size in axes if varying is not None and name not in varying)
+    n_axes = len(sizes)
+    measure = measure.map(lambda x: x.reshape(*sizes.values(), *x.shape[1:]))
+    position = {name: i for i, name in enumerate(sizes)}
+    for name, axis in reversed(along.items()):
+        size = measure.mean.shape[n_axes + axis]
+        merge = functools.partial(_merged, source=position[name], axis=n_axes + axis, size=size)
+        measure = measure.map(merge)
+    # Rows that several devices have measured count once.
+    copies = math.prod(n for name, n in sizes.items() if copied[name] and name not in along)
     measure = views.average(measure, tuple(range(n_axes)))
     measure = measure.map(lambda x: jnp.squeeze(x, tuple(range(n_axes))))
     return dataclasses.replace(measure, count=measure.count / copies)
 
 
-def _unshard(x: jax.Array, source: int, axis: int) -> jax.Array:
-    if x.shape[axis] == 1:
-        return jax.lax.slice_in_dim(x, 0, 1, axis=source)
+def _merged(x: jax.Array, source: int, axis: int, size: int) -> jax.Array:
+    """Shards of `size` side by side: the axis `source`, which stays with size 1, in `axis`."""
+    x = jnp.broadcast_to(x, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
     moved = jnp.moveaxis(x, source, axis - 1)
     merged = moved.reshape(*moved.shape[: axis - 1], -1, *moved.shape[axis + 1 :])
     return jnp.expand_dims(merged, source)

@@ -1,0 +1,315 @@
+"""What the capture and BNP add to a step before it runs: tracing, compilation, kernels, state.
+
+    python -m benchmarks.capture_cost
+
+Tracing and lowering of `value_and_grad`, and the FLOPs and bytes that XLA reports of it compiled,
+in multiples of `jax.value_and_grad`'s: for a transformer of 12 blocks, unrolled and scanned, a
+residual network of 38 layers, and a fully connected one. The instructions that another layer adds
+to a training step: those of the optimized program's entry, each of which is a kernel to start,
+counted at two depths. Tracing and compilation of a training step of a transformer of 24 blocks,
+unrolled, and the arrays in its optimizer's state.
+
+FLOPs, bytes, instructions and arrays are exact. Times are processor seconds, taken in turns with
+the caches of JAX emptied, and reported as medians of the ratios to the plain function's of the same
+turn. Of a scan, XLA counts the FLOPs and bytes of one turn.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import bnp_optax
+from benchmarks.environment import environment
+from benchmarks.models import MLP
+from benchmarks.resnet import CifarResNet
+from benchmarks.transformer_cost import Transformer
+
+# Not kernels: they name, take apart or reinterpret buffers.
+_NO_KERNELS = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast"}
+
+
+class Problem(NamedTuple):
+    """A loss of parameters and a batch.
+
+    Attributes:
+      loss_fn: `loss_fn(params, x, y)`, a scalar.
+      params: The parameters, or their shapes.
+      batch: The other arguments, or their shapes.
+    """
+
+    loss_fn: Callable[..., jax.Array]
+    params: Any
+    batch: tuple[Any, ...]
+
+
+def classification(model: nn.Module, x: Sequence[int], dtype: Any = jnp.float32) -> Problem:
+    """A model that is to predict a class from each last row of an input of shape `x`."""
+
+    def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits: Any = model.apply({"params": params}, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    inputs = jax.ShapeDtypeStruct(tuple(x), dtype)
+    params = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+    logits = jax.eval_shape(lambda p, x: model.apply({"params": p}, x), params, inputs)
+    labels = jax.ShapeDtypeStruct(logits.shape[:-1], jnp.int32)
+    return Problem(loss_fn, params, (inputs, labels))
+
+
+def transformer(depth: int, width: int, scanned: bool) -> Problem:
+    """A decoder on 8 sequences of 32 tokens."""
+    return classification(Transformer(width, depth, scanned), (8, 32), jnp.int32)
+
+
+def mlp(hidden: int, width: int, batch_size: int = 32) -> Problem:
+    """A fully connected network with `hidden` hidden layers."""
+    return classification(MLP((width,) * hidden), (batch_size, width))
+
+
+def make_step(problem: Problem, tx: Any, captured: bool) -> tuple[Callable[..., Any], Any]:
+    """A training step, and the shapes of what it carries: parameters and optimizer state."""
+    tx = optax.with_extra_args_support(tx)
+
+    def step(carry: Any, *batch: Any) -> Any:
+        params, state = carry
+        if captured:
+            loss, grads, stats = bnp_optax.value_and_grad(problem.loss_fn)(params, *batch)
+            updates, state = tx.update(grads, state, params, layer_stats=stats)
+        else:
+            loss, grads = jax.value_and_grad(problem.loss_fn)(params, *batch)
+            updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    return step, (problem.params, jax.eval_shape(tx.init, problem.params))
+
+
+class Method(NamedTuple):
+    """An optimizer, whether it takes statistics, and the one that it is compared with."""
+
+    tx: Any
+    captured: bool = False
+    plain: str | None = None
+
+
+METHODS = {
+    "SGD": Method(optax.sgd(0.01)),
+    "BNP + SGD": Method(bnp_optax.bnp_sgd(0.01), captured=True, plain="SGD"),
+    "Adam": Method(optax.adam(1e-3)),
+    "Adam in z": Method(bnp_optax.bnp_adam(1e-3), captured=True, plain="Adam"),
+}
+
+
+def compile_step(problem: Problem, method: Method) -> Any:
+    """The compiled training step of a method, which gives the old carry's memory to the new."""
+    step, carry = make_step(problem, method.tx, method.captured)
+    return jax.jit(step, donate_argnums=0).lower(carry, *problem.batch).compile()
+
+
+def kernels(compiled: Any) -> collections.Counter[str]:
+    """How many instructions of each kind the entry of a compiled program has."""
+    text = compiled.as_text()
+    entry = text[text.index("\nENTRY ") :]
+    found = re.findall(r"^ +(?:ROOT )?%\S+ = (?:\(.*?\)|\S+) ([a-z][\w\-]*)\(", entry, re.MULTILINE)
+    counted = collections.Counter(found)
+    return collections.Counter({op: n for op, n in counted.items() if op not in _NO_KERNELS})
+
+
+def kernels_per_layer(
+    method: Method, width: int = 64, depths: tuple[int, int] = (4, 8)
+) -> dict[str, float]:
+    """How many instructions of each kind another hidden layer adds to a training step."""
+    few, many = (kernels(compile_step(mlp(depth, width), method)) for depth in depths)
+    kinds = sorted({*few, *many})
+    slopes = {kind: (many[kind] - few[kind]) / (depths[1] - depths[0]) for kind in kinds}
+    return {kind: slope for kind, slope in slopes.items() if slope}
+
+
+def gradient_costs(problem: Problem) -> dict[str, float]:
+    """FLOPs and bytes of the captured gradient, in multiples of the plain one's."""
+    functions = (bnp_optax.value_and_grad(problem.loss_fn), jax.value_and_grad(problem.loss_fn))
+    captured, plain = (
+        dict(
+            jax.jit(function).lower(problem.params, *problem.batch).compile().cost_analysis() or {}
+        )
+        for function in functions
+    )
+    keys = {"flops": "flops", "bytes": "bytes accessed"}
+    return {name: captured[key] / plain[key] for name, key in keys.items()}
+
+
+def ratios(slow: Callable[[], Any], plain: Callable[[], Any], turns: int) -> dict[str, Any]:
+    """Processor seconds of two functions in turns, and the median of their ratios."""
+    seconds: dict[str, list[float]] = {"slow": [], "plain": []}
+    for turn in range(turns + 1):
+        for name, function in (("plain", plain), ("slow", slow)):
+            jax.clear_caches()  # Or what the one traced would be free for the other.
+            start = time.process_time()
+            function()
+            if turn:  # The first turn warms up.
+                seconds[name].append(time.process_time() - start)
+    quotients = np.array(seconds["slow"]) / np.array(seconds["plain"])
+    return {
+        "seconds": float(np.median(seconds["slow"])),
+        "plain_seconds": float(np.median(seconds["plain"])),
+        "ratio": float(np.median(quotients)),
+        "quartiles": np.quantile(quotients, [0.25, 0.75]).tolist(),
+    }
+
+
+def tracing(problem: Problem, turns: int) -> dict[str, Any]:
+    """What tracing and lowering the captured gradient takes, against the plain one."""
+    captured = bnp_optax.value_and_grad(problem.loss_fn)
+    plain = jax.value_and_grad(problem.loss_fn)
+    arguments = (problem.params, *problem.batch)
+
+    def traced(function: Callable[..., Any]) -> Callable[[], Any]:
+        return lambda: jax.make_jaxpr(function)(*arguments)
+
+    def lowered(function: Callable[..., Any]) -> Callable[[], Any]:
+        return lambda: jax.jit(function).lower(*arguments)
+
+    return {
+        "trace": ratios(traced(captured), traced(plain), turns),
+        "lower": ratios(lowered(captured), lowered(plain), turns),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the benchmark.
+
+    Attributes:
+      depth: Blocks of the transformers that are traced.
+      compiled_depth: Blocks of the transformer whose training step is compiled.
+      width: Width of the transformers.
+      turns: Timed turns of tracing.
+      compiled_turns: Timed turns of compilation.
+      out: Where the numbers go, with their environment.
+    """
+
+    depth: int = 12
+    compiled_depth: int = 24
+    width: int = 64
+    turns: int = 5
+    compiled_turns: int = 3
+    out: pathlib.Path = pathlib.Path("results/capture_cost.json")
+
+
+def _table(title: str, *columns: str) -> Table:
+    result = Table(title=title, title_justify="left", box=box.SIMPLE)
+    result.add_column("", no_wrap=True)
+    for column in columns:
+        result.add_column(column, justify="right", no_wrap=True)
+    return result
+
+
+def _shown(row: Any) -> str:
+    low, high = row["quartiles"]
+    return f"{row['ratio']:.2f}x ({low:.2f}-{high:.2f})"
+
+
+def measure_gradients(config: Config, console: Console) -> dict[str, Any]:
+    """Tracing, FLOPs and bytes of the captured gradient."""
+    problems = {
+        f"transformer, {config.depth} blocks": transformer(config.depth, config.width, False),
+        f"transformer, {config.depth} blocks, scanned": transformer(
+            config.depth, config.width, True
+        ),
+        "ResNet-38": classification(CifarResNet(38), (8, 32, 32, 3)),
+        "MLP, 4 hidden layers": mlp(4, 64),
+    }
+    table = _table("A captured gradient / a plain one", "trace", "trace, lower", "FLOPs", "bytes")
+    results = {}
+    for name, problem in problems.items():
+        row = results[name] = tracing(problem, config.turns) | gradient_costs(problem)
+        costs = (f"{row['flops']:.4f}x", f"{row['bytes']:.3f}x")
+        table.add_row(name, _shown(row["trace"]), _shown(row["lower"]), *costs)
+    console.print(table)
+    return results
+
+
+def measure_kernels(console: Console) -> dict[str, Any]:
+    """Instructions, FLOPs and bytes of training steps of fully connected networks."""
+    table = _table(
+        "A training step of a fully connected network",
+        *("instructions a layer", "added", "FLOPs", "bytes"),
+    )
+    results: dict[str, Any] = {}
+    for name, method in METHODS.items():
+        cost = compile_step(mlp(4, 64), method).cost_analysis()
+        by_kind = kernels_per_layer(method)
+        row = results[name] = {
+            "per_layer": sum(by_kind.values()),
+            "by_kind": by_kind,
+            "flops": cost["flops"],
+            "bytes": cost["bytes accessed"],
+        }
+        shown = [f"{row['per_layer']:.2f}", "", "", ""]
+        if method.plain is not None:
+            plain = results[method.plain]
+            row["added_per_layer"] = row["per_layer"] - plain["per_layer"]
+            shown[1] = f"{row['added_per_layer']:+.2f}"
+            shown[2:] = (f"{row[key] / plain[key]:.3f}x" for key in ("flops", "bytes"))
+        table.add_row(name, *shown)
+    console.print(table)
+    return results
+
+
+def measure_compilation(config: Config, console: Console) -> dict[str, Any]:
+    """Tracing and compilation of a transformer's step, and what the optimizer's state holds."""
+    problem = transformer(config.compiled_depth, config.width, scanned=False)
+    table = _table(
+        f"A training step of a transformer, {config.compiled_depth} blocks, unrolled",
+        *("trace, compile", "s", "plain s", "arrays of state", "plain"),
+    )
+    results = {}
+    for name, method in METHODS.items():
+        if method.plain is None:
+            continue
+        pair = (method, METHODS[method.plain])
+        row = results[name] = ratios(
+            functools.partial(compile_step, problem, pair[0]),
+            functools.partial(compile_step, problem, pair[1]),
+            config.compiled_turns,
+        )
+        states = [make_step(problem, m.tx, m.captured)[1][1] for m in pair]
+        row["arrays"], row["plain_arrays"] = (len(jax.tree.leaves(state)) for state in states)
+        seconds = (f"{row['seconds']:.1f}", f"{row['plain_seconds']:.1f}")
+        table.add_row(name, _shown(row), *seconds, str(row["arrays"]), str(row["plain_arrays"]))
+    console.print(table)
+    return results
+
+
+def main(config: Config) -> None:
+    """Measure and print."""
+    # A table that is piped to a file need not fit a terminal.
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    results = {
+        "gradients": measure_gradients(config, console),
+        "kernels": measure_kernels(console),
+        "compilation": measure_compilation(config, console),
+    }
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps({"environment": environment(), "results": results}, indent=2))
+    console.print(f"Medians with the middle half. Numbers: {config.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
