@@ -21,13 +21,13 @@ FLAT = {"stop_gradient", "floor", "ceil", "round", "sign"}
 _IDENTITIES = {
     prims.copy_p,
     prims.device_put_p,
-    prims.name_p,
     prims.reduce_precision_p,
     prims.sharding_constraint_p,
 }
 _IDENTITY_NAMES = {
     "layout_constraint",
     "mesh_cast",
+    "name",
     "optimization_barrier",
     "pcast",
     "pvary",

@@ -101,7 +101,7 @@ class _Tracer(Multiplying):
 
     def is_mark(self, eqn: Any) -> bool:
         """Whether an equation names inputs; names of parameters and products are the user's."""
-        if eqn.primitive is not prims.name_p or not eqn.params["name"].startswith(MARK):
+        if eqn.primitive.name != "name" or not eqn.params["name"].startswith(MARK):
             return False
         return self.view(eqn.invars[0]) is None and self.result(eqn.invars[0]) is None
 
