@@ -69,14 +69,18 @@ class Multiplying(Following):
             # No layer, but a sum over all entries, such as that of a penalty.
             self.note(view, "dot_general with an array of its shape")
             return
+        product_inputs = found.inputs
         mark = None if isinstance(found.inputs, Literal) else self.marks.get(found.inputs)
         trusted = mark is not None and mark.trusted
         if view.altered and not trusted:
             self.alter(view, view.altered)
             return
         inputs = self.measured(found, mark)
+        if trusted and mark is not None:
+            of_patches = products.patches(found, mark.var, self.options)
+            found, inputs = (of_patches, mark.var) if of_patches else (found, inputs)
         left, right = eqn.invars[:2]
-        kernel = self.numbers.atom(self.env, left if right is found.inputs else right)
+        kernel = self.numbers.atom(self.env, left if right is product_inputs else right)
         view, entries = found.view, []
         for piece in view.pieces:
             input_axes = frozenset().union(*(piece.axes[axis] for axis in found.summed))

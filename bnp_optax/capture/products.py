@@ -119,6 +119,37 @@ def conv(eqn: Any, kernel: View, options: Options) -> Product | str:
     )
 
 
+def patches(found: Product, named: Any, options: Options) -> Product | None:
+    """A product of patches with a flattened kernel as the convolution of the map `named`.
+
+    That is what a Linen `Conv` is that was given a convolution of this kind. None if the product is
+    none of the kind.
+    """
+    kernel, shape = found.view.before, named.aval.shape
+    n_spatial = 0 if kernel is None else len(kernel.shape) - 2
+    is_map = n_spatial > 0 and len(shape) == n_spatial + 2 == len(found.inputs.aval.shape)
+    if kernel is None or not is_map or tuple(found.summed) != (0,):
+        return None
+    n_channels, window = kernel.shape[-2], math.prod(kernel.shape[:-1])
+    if shape[-1] != n_channels or found.inputs.aval.shape[-1] != window:
+        return None
+    last = len(kernel.shape) - 1
+    if options.conv_statistics == "patch":
+        return None  # The product's own inputs are the patches.
+    axis_of = (*(None,) * n_spatial, len(shape) - 1, None)
+    return dataclasses.replace(
+        found,
+        view=kernel,
+        inputs=named,
+        measure=lambda x, weights: moments.contraction(x, axis_of, weights, options),
+        summed=range(last),
+        varying=(last - 1,),
+        out_axes=[None if axis is None else last for axis in found.out_axes],
+        positions=found.count // shape[0],
+        kind="Conv",
+    )
+
+
 def takes_rows(eqn: Any, table: View) -> bool:
     """Whether a `gather` takes whole rows of `table`."""
     numbers = eqn.params["dimension_numbers"]
