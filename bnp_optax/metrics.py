@@ -5,9 +5,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from bnp_optax._tree import named_leaves
 from bnp_optax.diagnostics.conditioning import conditioning
 from bnp_optax.layers import Layers
-from bnp_optax.preconditioners.bnp_operator import bnp_states, scalings
+from bnp_optax.preconditioners.bnp_operator import bnp_states
 
 
 def metrics(opt_state: Any, layers: Layers | None = None) -> dict[str, Array]:
@@ -51,11 +52,11 @@ def metrics(opt_state: Any, layers: Layers | None = None) -> dict[str, Array]:
     never_seen = rejected = jnp.zeros((), jnp.int32)
     result: dict[str, Array] = {}
     for state in bnp_states(opt_state):
-        for i, (name, scaling) in enumerate(scalings(state).items()):
+        for name, (inv_q, n_entered, n_rejected) in named_leaves(state.numbers).items():
             if name in kappas:
-                result[f"q/{name}"] = scaling.q
-                never_seen = never_seen + (state.seen[i] == 0)
-                rejected = rejected + state.rejected[i]
+                result[f"q/{name}"] = 1.0 / inv_q
+                never_seen = never_seen + (n_entered == 0)
+                rejected = rejected + n_rejected.astype(jnp.int32)
     result |= {f"kappa/{name}": kappa for name, kappa in kappas.items()}
     largest = jnp.max(jnp.stack([*kappas.values(), jnp.ones(())]))
     return result | {

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# Below this multiple of the float32 spacing, E[m^2] - E[m]^2 is rounding, not variance.
-_ROUNDING = 2 * float(jnp.finfo(jnp.float32).eps)
+_SPACING = float(jnp.finfo(jnp.float32).eps)
+# Below this multiple of E[m^2], E[m^2] - E[m]^2 is rounding, not variance.
+_ROUNDING = 2 * _SPACING
 
 Shape = tuple[int, ...]
 Axes = tuple[int, ...]
@@ -135,7 +136,7 @@ class LayerStats:
         # `sq_mean - mean**2` must not be positive by rounding, however it is evaluated (fused,
         # say). So the compiler must not compute the mean twice, and the square goes down.
         mean = lax.optimization_barrier(mean)
-        return cls(mean, var, jnp.nextafter(mean**2, jnp.zeros_like(mean)), count, layer)
+        return cls(mean, var, mean**2 * (1.0 - _SPACING), count, layer)
 
     @property
     def total_variance(self) -> Float[Array, "..."]:

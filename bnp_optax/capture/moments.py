@@ -7,6 +7,7 @@ axis 1 meets none, and the rows run over input axis 0: mean and variance have th
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -40,6 +41,7 @@ class Options:
     embeddings: bool = False
 
 
+@functools.partial(jax.jit, static_argnames=("axis_of", "options"))
 def contraction(
     x: jax.Array, axis_of: Sequence[int | None], weights: Weights, options: Options
 ) -> Moments:
@@ -82,6 +84,7 @@ class Window:
         return (at[:, :, None] == inputs[None, None, :]).sum(axis=1)
 
 
+@functools.partial(jax.jit, static_argnames=("features", "groups", "window", "options"))
 def convolution(
     x: jax.Array, features: int, groups: int, window: Window, weights: Weights, options: Options
 ) -> Moments:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from bnp_optax._tree import named_leaves
 from bnp_optax.diagnostics.checks import operator_of
 from bnp_optax.diagnostics.conditioning import condition_number, conditioning
 from bnp_optax.diagnostics.displacement import find_layers, unit_coordinates
@@ -14,7 +15,7 @@ from bnp_optax.diagnostics.hessian import hessians_of_units
 from bnp_optax.diagnostics.lanczos import extremes
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners.base import Operator, Preconditioner
-from bnp_optax.preconditioners.bnp_operator import bnp_states, scalings
+from bnp_optax.preconditioners.bnp_operator import bnp_states
 from bnp_optax.statistics import Layer
 
 if TYPE_CHECKING:
@@ -243,9 +244,9 @@ def report(
     states = bnp_states(state)
     kappas_d = conditioning(state) if states else {}
     counted = {
-        name: (int(one.seen[i]), int(one.rejected[i]))
+        name: (int(entered), int(rejected))
         for one in states
-        for i, name in enumerate(scalings(one))
+        for name, (_, entered, rejected) in named_leaves(one.numbers).items()
     }
     choices = [None] if P is None else [None, P]
 

@@ -1,6 +1,6 @@
 """Batch normalization preconditioning (Lange, Helfrich, Ye, JMLR 2022, Algorithms 2 and 3)."""
 
-import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Int
 from bnp_optax._checks import check_choice, check_fraction, check_non_negative, check_positive
 from bnp_optax._tree import named_leaves, quoted, replace_leaves
 from bnp_optax.layers import Layers, check_layers
-from bnp_optax.preconditioners.alike import at_once
 from bnp_optax.preconditioners.base import Preconditioner
 from bnp_optax.preconditioners.bnp_operator import BNPOperator, BNPState
 from bnp_optax.preconditioners.layout import layers_of
@@ -22,8 +21,6 @@ from bnp_optax.preconditioners.matching import LEFT_OUT, match_statistics
 from bnp_optax.statistics import Layer, LayerStats
 
 Variance = Literal["auto", "batch", "running"]
-
-_ANY_LAYER = Layer("", None, ())
 
 
 def bnp(
@@ -125,31 +122,22 @@ def bnp(
     def init(params: Any) -> BNPState:
         found = layers_of(params, layers)
 
-        def filled(value: float, only_centered: bool) -> Any:
-            arrays = {
-                name: jnp.full(layer.stats_shape, value, jnp.float32)
-                for name, layer in found.items()
-                if layer.bias is not None or not only_centered
-            }
-            masks = jax.tree.map(lambda _: optax.MaskedNode(), params)
-            return replace_leaves(masks, arrays)
-
-        n = max(len(found), 1)  # Orbax saves no empty arrays.
+        ambiguous = {name: _may_vary_elsewhere(layer, layers) for name, layer in found.items()}
         return BNPState(
-            mean=filled(0.0, only_centered=True),
-            var=filled(1.0, only_centered=False),
-            q=jnp.ones(n, jnp.float32),
-            inputs=_bits(found.values()) if found else jnp.zeros(n, jnp.int32),
-            seen=jnp.zeros(n, jnp.int32),
-            rejected=jnp.zeros(n, jnp.int32),
+            mean=_at(params, {n: _full(0.0, layer) for n, layer in found.items() if layer.bias}),
+            var=_at(params, {n: _full(1.0, layer) for n, layer in found.items()}),
+            numbers=_at(params, {n: jnp.array([1.0, 0.0, 0.0], jnp.float32) for n in found}),
+            inputs=_at(params, {n: _bits(layer) for n, layer in found.items() if ambiguous[n]}),
             eps=eps(),
         )
 
     def running(
-        mean: Array | None, var: Array, seen: Int[Array, ""], stats: LayerStats
+        mean: Array | None, var: Array, n_entered: Array, stats: LayerStats
     ) -> tuple[Array | None, Array]:
         """Steps 1 and 2: the running statistics with those of the batch."""
-        rate = jnp.where(warm_start & (seen == 0), 1.0, 1.0 - decay)
+        rate = 1.0 - decay
+        if warm_start:
+            rate = jnp.where(n_entered == 0, 1.0, rate)
         batch = stats.total_variance
         if mean is None:
             return None, (1.0 - rate) * var + rate * (batch + stats.mean**2)
@@ -159,26 +147,11 @@ def bnp(
         new_mean = (1.0 - rate) * mean + rate * stats.mean
         return new_mean, (1.0 - rate) * var + rate * batch
 
-    def refreshed(arrays: Any, seen: Int[Array, ""]) -> tuple[Any, Any]:
-        """One layer's running statistics after a batch, and what became of the batch."""
-        mean, var, stats = arrays
-        new_mean, new_var = running(mean, var, seen, stats)
-        valid = _is_valid(stats, new_mean, new_var)
-        accept = valid & (stats.count > 0.0)
-        new = jax.tree.map(
-            lambda new, old: jnp.where(accept, new, old).astype(jnp.float32),
-            (new_mean, new_var),
-            (mean, var),
-        )
-        return new, (accept, ~valid & (stats.count != 0.0), stats.count)
-
-    def q_of(fan_in: list[int], positions: list[int], counts: Array) -> Array:
-        """Q of all layers."""
+    def inv_q_of(layer: Layer, stats: LayerStats) -> Array:
         if not scale:
-            return jnp.ones_like(counts)
-        n = counts / np.array(positions, np.float32) if batch_size is None else batch_size
-        lowest = np.sqrt(positions).astype(np.float32)
-        return jnp.sqrt(jnp.maximum(np.array(fan_in, np.float32) / n, lowest))
+            return jnp.ones((), jnp.float32)
+        n = stats.batch_size if batch_size is None else batch_size
+        return jax.lax.rsqrt(jnp.maximum(layer.fan_in / n, math.sqrt(stats.layer.positions)))
 
     def update(
         grads: Any,
@@ -192,41 +165,58 @@ def bnp(
         matched = match_statistics(grads, layers, layer_stats)
         if not matched:
             return state
-        means, variances = named_leaves(state.mean), named_leaves(state.var)
-        _check_same_layers(matched, variances)
-        arrays = []
-        for name, (_, stats) in matched.items():
+        old = BNPState(*map(named_leaves, state[:-1]), state.eps)
+        _check_same_layers(matched, old.var)
+        new = BNPState({}, {}, {}, {}, eps())
+        for name, (layer, stats) in matched.items():
             stats = jax.lax.stop_gradient(stats)
-            mean = _widened(means[name], stats) if name in means else None
-            # Two layers' statistics can be stacked once they do not say whose they are.
-            anyones = dataclasses.replace(stats, layer=_ANY_LAYER)
-            arrays.append((mean, _widened(variances[name], stats), anyones))
-        new, (accept, rejected, counts) = at_once(refreshed, arrays, state.seen)
-        new_means, new_variances = (
-            dict(zip(matched, x, strict=True)) for x in zip(*new, strict=True)
-        )
-        q = q_of(
-            [layer.fan_in for layer, _ in matched.values()],
-            [stats.layer.positions for _, stats in matched.values()],
-            counts,
-        )
-        return BNPState(
-            mean=replace_leaves(state.mean, {name: new_means[name] for name in means}),
-            var=replace_leaves(state.var, new_variances),
-            q=jnp.where(accept, q, state.q).astype(jnp.float32),
-            inputs=jnp.where(accept, _bits(layer for layer, _ in matched.values()), state.inputs),
-            seen=state.seen + accept,
-            rejected=state.rejected + rejected,
-            eps=jnp.where(jnp.any(accept), eps(), state.eps),
-        )
+            mean = _widened(old.mean[name], stats) if name in old.mean else None
+            var = _widened(old.var[name], stats)
+            inv_q, n_entered, n_rejected = old.numbers[name]
+            new_mean, new_var = running(mean, var, n_entered, stats)
+            valid = _is_valid(stats)
+            accept = valid & (stats.count > 0.0)
+            reject = ~valid & (stats.count != 0.0)
+
+            def entered(new: Array, old: Array, accept: Array = accept) -> Array:
+                return jnp.where(accept, new, old).astype(old.dtype)
+
+            if mean is not None and new_mean is not None:
+                new.mean[name] = entered(new_mean, mean)
+            new.var[name] = entered(new_var, var)
+            new_inv_q = entered(inv_q_of(layer, stats), inv_q)
+            new.numbers[name] = jnp.stack([new_inv_q, n_entered + accept, n_rejected + reject])
+            if name in old.inputs or var.shape != old.var[name].shape:
+                bits = _bits(layer)
+                new.inputs[name] = entered(bits, old.inputs.get(name, bits))
+        return BNPState(*map(replace_leaves, state[:-1], new[:-1]), new.eps)
 
     return Preconditioner(init, update, lambda state: BNPOperator(state, layers))
 
 
-def _bits(layers: Iterable[Layer]) -> Int[Array, " layers"]:
-    """The input axes of each layer, as `BNPState.inputs` has them."""
-    axes = [{axis % len(layer.kernel_shape) for axis in layer.input_axes} for layer in layers]
-    return jnp.asarray([sum(1 << axis for axis in one) for one in axes], jnp.int32)
+def _at(tree: Any, arrays: dict[str, Array]) -> Any:
+    """A tree of the structure of `tree` with `arrays` at their names and masks elsewhere."""
+    masks = jax.tree.map(lambda _: optax.MaskedNode(), tree)
+    return replace_leaves(masks, arrays)
+
+
+def _full(value: float, layer: Layer) -> Array:
+    return jnp.full(layer.stats_shape, value, jnp.float32)
+
+
+def _bits(layer: Layer) -> Int[Array, ""]:
+    """The input axes, as `BNPState.inputs` has them."""
+    axes = {axis % len(layer.kernel_shape) for axis in layer.input_axes}
+    return jnp.asarray(sum(1 << axis for axis in axes), jnp.int32)
+
+
+def _may_vary_elsewhere(layer: Layer, layers: Layers | None) -> bool:
+    """Whether the statistics vary along an axis that is no input axis, for all that is known."""
+    ndim = len(layer.kernel_shape)
+    if layers is None and layer.bias is None and ndim > 2:
+        return True
+    inputs = {axis % ndim for axis in layer.input_axes}
+    return any(size > 1 for axis, size in enumerate(layer.stats_shape) if axis not in inputs)
 
 
 def _widened(array: Array, stats: LayerStats) -> Array:
@@ -234,15 +224,21 @@ def _widened(array: Array, stats: LayerStats) -> Array:
     return jnp.broadcast_to(array, jnp.broadcast_shapes(array.shape, stats.mean.shape))
 
 
-def _is_valid(stats: LayerStats, mean: Array | None, var: Array) -> Bool[Array, ""]:
-    """Whether all numbers are finite, and no variance is negative.
+def _is_valid(stats: LayerStats) -> Bool[Array, ""]:
+    """Whether all numbers are finite, also after they have entered, and no variance is negative.
 
-    0 x is 0 for finite x and NaN otherwise: one sum instead of a test of each array.
+    0 x is 0 for finite x and NaN otherwise. The largest number that enters is less than
+    4 (var + sq_mean), of a batch's mean at a distance from the running one.
     """
-    zero = 0.0 * var + 0.0 * stats.mean + 0.0 * stats.sq_mean + jnp.minimum(stats.var, 0.0)
-    if mean is not None:
-        zero = zero + 0.0 * mean
-    return jnp.sum(zero) + 0.0 * stats.count == 0.0
+    zeros = 0.0 * (4.0 * (stats.var + stats.sq_mean)) + 0.0 * stats.mean
+    # One reduction: two would be more kernels to start than a network has other work for.
+    finite, smallest = jax.lax.reduce(
+        (zeros, stats.var),
+        (np.float32(0.0), np.float32(np.inf)),
+        lambda x, y: (x[0] + y[0], jnp.minimum(x[1], y[1])),
+        tuple(range(zeros.ndim)),
+    )
+    return (finite + 0.0 * stats.count == 0.0) & (smallest >= 0.0)
 
 
 def _check_same_layers(found: Iterable[str], expected: Iterable[str]) -> None:

@@ -1,6 +1,6 @@
 """P = U D / q on a parameter tree, from the running statistics that `bnp` keeps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,35 +10,33 @@ from jaxtyping import Array, Float, Int
 from bnp_optax._tree import named_leaves, replace_leaves
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners import centering
-from bnp_optax.preconditioners.alike import at_once
 from bnp_optax.preconditioners.base import Operator
 from bnp_optax.preconditioners.layout import layers_of
 
 
 class BNPState(NamedTuple):
-    """State of `bnp`: running statistics at the kernels, and a number for each layer.
+    """State of `bnp`: running statistics and a few numbers at each kernel.
 
-    The trees have the parameters' structure, with `optax.MaskedNode` at all other leaves. The
-    vectors have an entry for each layer, in the order in which the kernels are flattened, and one
-    that is not used where there is no layer.
+    Every field but the last has the parameters' structure, with `optax.MaskedNode` where it has
+    nothing to say. A layer's numbers are an array of their own, so that layers of one shape are
+    one program to compile; entries of one vector for all layers would be a program each.
 
     Attributes:
       mean: At kernels with a bias, the running mean mu, which broadcasts against the kernel.
       var: At all kernels, the running variance sigma^2, of the same shape; the mean square where
         there is no bias.
-      q: q of each layer's last statistics; 1 before the first.
-      inputs: The axes of each kernel that are summed over: bit i stands for axis i.
-      seen: Number of batches that entered each layer's running statistics.
-      rejected: Number of batches that did not, as they were not finite or had a negative variance.
+      numbers: At all kernels, three numbers: 1 / q of the last statistics, 1 before the first; how
+        many batches entered the running statistics; and how many did not, as they were not finite
+        or had a negative variance.
+      inputs: At kernels whose statistics vary along an axis that is not summed over, such as that
+        of stacked layers, or may do so: the axes that are, where bit i stands for axis i.
       eps: `eps_rel` and `eps_abs`, by which sigma~ exceeds sigma.
     """
 
     mean: Any
     var: Any
-    q: Float[Array, " layers"]
-    inputs: Int[Array, " layers"]
-    seen: Int[Array, " layers"]
-    rejected: Int[Array, " layers"]
+    numbers: Any
+    inputs: Any
     eps: Float[Array, "2"]
 
 
@@ -48,42 +46,29 @@ class Scaling(NamedTuple):
     Attributes:
       mean: mu; None in a layer without a bias, of which D has no entry for the bias.
       diagonal: 1 / sigma~, broadcasts against the kernel; 1 before the first statistics.
-      q: The factor that P divides by.
-      inputs: As in `BNPState`.
-      kernel_scale: D / q of the kernel.
-      bias_scale: 1 / q.
+      inv_q: 1 / q, the factor of P.
+      inputs: As in `BNPState`; None where all axes of the statistics are summed over.
     """
 
     mean: Array | None
     diagonal: Array
-    q: Float[Array, ""]
-    inputs: Int[Array, ""]
-    kernel_scale: Array
-    bias_scale: Float[Array, ""]
+    inv_q: Float[Array, ""]
+    inputs: Int[Array, ""] | None
 
 
 def scalings(state: BNPState) -> dict[str, Scaling]:
     """D of each layer, by the name of its kernel."""
-    means, variances = named_leaves(state.mean), named_leaves(state.var)
-    if not variances:
-        return {}
+    means, variances, numbers, inputs = map(named_leaves, state[:-1])
 
-    def scaled(var: Array, numbers: Any) -> tuple[Any, Any]:
-        seen, q, inputs = numbers
+    def scaling(name: str, var: Array) -> Scaling:
+        axes = inputs.get(name)
         # Step 3.
-        floored = var + state.eps[0] * over_inputs(jnp.max, var, inputs) + state.eps[1]
-        diagonal = jnp.where(seen > 0, jax.lax.rsqrt(floored), 1.0)
-        return (diagonal, diagonal / q), ()
+        floored = var + state.eps[0] * over_inputs(jnp.max, var, axes) + state.eps[1]
+        inv_q, entered, _ = numbers[name]
+        diagonal = jnp.where(entered > 0, jax.lax.rsqrt(floored), 1.0)
+        return Scaling(means.get(name), diagonal, inv_q, axes)
 
-    numbers = (state.seen, state.q, state.inputs)
-    scales, _ = at_once(scaled, list(variances.values()), numbers)
-    by_layer = map(jnp.unstack, (state.q, state.inputs, 1.0 / state.q))
-    return {
-        name: Scaling(means.get(name), diagonal, q, inputs, kernel_scale, bias_scale)
-        for name, (diagonal, kernel_scale), q, inputs, bias_scale in zip(
-            variances, scales, *by_layer, strict=True
-        )
-    }
+    return {name: scaling(name, var) for name, var in variances.items()}
 
 
 def bnp_states(state: Any) -> list[BNPState]:
@@ -95,12 +80,16 @@ def bnp_states(state: Any) -> list[BNPState]:
     return [node for node in jax.tree.leaves(state, is_leaf=is_bnp) if is_bnp(node)]
 
 
-def over_inputs(reduce: Callable[..., Array], x: Array, inputs: Int[Array, ""]) -> Array:
+def over_inputs(
+    reduce: Callable[..., Array], x: Array, inputs: Int[Array, ""] | None
+) -> Array:
     """`reduce` of `x` over the axes that `inputs` says, for each group or stacked layer apart.
 
     They are known only with the statistics: a kernel with three axes and no bias may be that of
-    stacked dense layers or of one layer with two input axes.
+    stacked dense layers or of one layer with two input axes. None stands for all axes.
     """
+    if inputs is None:
+        return reduce(x)
     for axis, size in enumerate(x.shape):
         if size > 1:
             x = jnp.where((inputs >> axis) & 1, reduce(x, axis=axis, keepdims=True), x)
@@ -128,41 +117,21 @@ class BNPOperator(Operator):
 
     def gram(self, g: Any) -> Any:
         """P P^T g, in one pass over the kernels."""
-        leaves, centered, means = named_leaves(g), [], []
-        for name, layer in layers_of(g, self._layers).items():
-            scaling = self._scalings[name]
-            if layer.bias is not None and scaling.mean is not None:
-                shape = jax.eval_shape(layer.align_bias, leaves[layer.bias]).shape
-                sums = centering.Sums.of(layer.kernel_shape, shape, scaling.mean.shape)
-                centered.append(name)
-                means.append((scaling.mean, scaling.kernel_scale, sums))
+        return self._by_layer(centering.gram, g)
 
-        def squared(arrays: Any, _: Any) -> tuple[Array, Any]:
-            return centering.squared_mean(*arrays), ()
-
-        squares = dict(zip(centered, at_once(squared, means, ())[0], strict=True))
-        return self._by_layer(centering.gram, g, squares)
-
-    def _by_layer(
-        self,
-        function: Callable[..., tuple[Array, Any]],
-        tree: Any,
-        squares: Mapping[str, Array] | None = None,
-    ) -> Any:
-        """`function` of each layer, and of what `squares` has for it."""
+    def _by_layer(self, function: Callable[..., tuple[Array, Any]], tree: Any) -> Any:
         leaves, new = named_leaves(tree), {}
         for name, layer in layers_of(tree, self._layers).items():
             scaling = self._scalings[name]
-            mean, s, s_b = scaling.mean, scaling.kernel_scale, scaling.bias_scale
-            more = (squares.get(name),) if squares is not None else ()
+            s_b, s = scaling.inv_q, scaling.diagonal * scaling.inv_q
             dtype = jnp.promote_types(leaves[name].dtype, jnp.float32)
             w = leaves[name].astype(dtype)
-            if layer.bias is None or mean is None:
-                w, _ = function(w, None, None, s, s_b, *more)
+            if layer.bias is None or scaling.mean is None:
+                w, _ = function(w, None, None, s, s_b)
             else:
                 bias = leaves[layer.bias]
                 aligned = layer.align_bias(bias.astype(dtype))
-                w, b = function(w, aligned, mean, s, s_b, *more)
+                w, b = function(w, aligned, scaling.mean, s, s_b)
                 new[layer.bias] = layer.restore_bias(b, bias.shape).astype(bias.dtype)
             new[name] = w.astype(leaves[name].dtype)
         return replace_leaves(tree, new)

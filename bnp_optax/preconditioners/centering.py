@@ -6,7 +6,6 @@ it is not centered), the scale s = 1 / (sigma~ q) of the kernel and s_b = 1 / q 
     P [z_b, z_w] = [s_b z_b - sum_i mu_i s_i z_i, s z_w].
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -18,57 +17,38 @@ Kernel = Float[Array, "..."]
 Bias = Float[Array, "..."] | None
 Stats = Float[Array, "..."]
 Pair = tuple[Kernel, Bias]
-Shape = tuple[int, ...]
 
 
+@jax.jit
 def mv(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
     """P z."""
     return s * w, None if b is None else s_b * b - _dot(mu * s, w, b.shape)
 
 
+@jax.jit
 def transpose(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
     """P^T g."""
     return (s * w, None) if b is None else (s * (w - mu * b), s_b * b)
 
 
+@jax.jit
 def solve(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
     """P^-1 p."""
     return w / s, None if b is None else (b + _dot(mu, w, b.shape)) / s_b
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Sums:
-    """How a unit sums over its inputs.
-
-    Attributes:
-      axes: Axes of the kernel that it sums over.
-      repeats: Number of inputs that share an entry of the statistics.
-    """
-
-    axes: tuple[int, ...]
-    repeats: int
-
-    @classmethod
-    def of(cls, kernel: Shape, bias: Shape, stats: Shape) -> "Sums":
-        """Those of a layer with these shapes, broadcast against the kernel's."""
-        axes = tuple(axis for axis, size in enumerate(bias) if size == 1)
-        return cls(axes, math.prod(kernel[axis] for axis in axes if stats[axis] == 1))
-
-
-def squared_mean(mu: Stats, s: Stats, sums: Sums) -> Stats:
-    """sum_i (s_i mu_i)^2: the square of the mean in z but for q, which `gram` needs."""
-    return sums.repeats * jnp.sum((s * mu) ** 2, axis=sums.axes, keepdims=True)
-
-
-def gram(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats, square: Any) -> Pair:
-    """P P^T g, steps 4 and 5 of Algorithms 2 and 3; `square` is the `squared_mean`.
+@jax.jit
+def gram(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
+    """P P^T g, steps 4 and 5 of Algorithms 2 and 3.
 
     Step 5 sums mu times the updated G_w, which is s^2 (G_w - mu G_b). Split into a product with
     the raw G_w and one with G_b, the updated G_w need not be written and read again.
     """
     if b is None:
         return s**2 * w, None
+    axes = tuple(axis for axis, size in enumerate(b.shape) if size == 1)
+    repeats = math.prod(w.shape[axis] for axis in axes if mu.shape[axis] == 1)
+    square = repeats * jnp.sum((s * mu) ** 2, axis=axes, keepdims=True)
     return s**2 * (w - mu * b), s_b**2 * b - (_dot(mu * s**2, w, b.shape) - square * b)
 
 
