@@ -7,11 +7,12 @@ in multiples of `jax.value_and_grad`'s: for a transformer of 12 blocks, unrolled
 residual network of 38 layers, and a fully connected one. The instructions that another layer adds
 to a training step: those of the optimized program's entry, each of which is a kernel to start,
 counted at two depths. Tracing and compilation of a training step of a transformer of 24 blocks,
-unrolled, and the arrays in its optimizer's state.
+unrolled, and the arrays in its optimizer's state. With `--steps`, training steps of a residual
+network and a transformer on this machine's device: time, kernels, memory.
 
 FLOPs, bytes, instructions and arrays are exact. Times are processor seconds, taken in turns with
 the caches of JAX emptied, and reported as medians of the ratios to the plain function's of the same
-turn. Of a scan, XLA counts the FLOPs and bytes of one turn.
+turn. Of a scan, XLA counts the FLOPs and bytes of one turn. Steps are timed by the clock, in turns.
 """
 
 import collections
@@ -201,6 +202,7 @@ class Config:
       width: Width of the transformers.
       turns: Timed turns of tracing.
       compiled_turns: Timed turns of compilation.
+      steps: Timed turns of training steps; 0 for none.
       out: Where the numbers go, with their environment.
     """
 
@@ -209,6 +211,7 @@ class Config:
     width: int = 64
     turns: int = 5
     compiled_turns: int = 3
+    steps: int = 0
     out: pathlib.Path = pathlib.Path("results/capture_cost.json")
 
 
@@ -297,6 +300,75 @@ def measure_compilation(config: Config, console: Console) -> dict[str, Any]:
     return results
 
 
+def _arrays(shapes: Any) -> Any:
+    """Random arrays of the given shapes; integers are 0."""
+
+    def array(shape: Any) -> jax.Array:
+        if not jnp.issubdtype(shape.dtype, jnp.floating):
+            return jnp.zeros(shape.shape, shape.dtype)
+        return 0.05 * jax.random.normal(jax.random.key(shape.size), shape.shape, shape.dtype)
+
+    return jax.tree.map(array, shapes)
+
+
+class Running:
+    """A method's training of a problem: compiled, and where it stands."""
+
+    def __init__(self, problem: Problem, method: Method) -> None:
+        self.step = compile_step(problem, method)
+        params = _arrays(problem.params)
+        self.carry = (params, method.tx.init(params))
+        self.batch = _arrays(problem.batch)
+
+    def seconds(self, steps: int = 10) -> float:
+        """Of one step, of so many that are not waited for."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.carry, loss = self.step(self.carry, *self.batch)
+        jax.block_until_ready(loss)
+        return (time.perf_counter() - start) / steps
+
+    def memory(self) -> int:
+        """Bytes at most in use, the parameters' and the state's among them."""
+        m = self.step.memory_analysis()
+        total = m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes
+        return total - m.alias_size_in_bytes
+
+
+def measure_steps(config: Config, console: Console) -> dict[str, Any]:
+    """Time, kernels and memory of training steps on this machine's device."""
+    problems = {
+        "ResNet-20, batch 128": classification(CifarResNet(20), (128, 32, 32, 3)),
+        "transformer, 12 blocks, width 512": transformer(12, 512, False),
+        "MLP, 4 hidden layers of 64": mlp(4, 64),
+    }
+    device = jax.devices()[0].device_kind
+    results: dict[str, Any] = {"device": device}
+    for title, problem in problems.items():
+        table = _table(f"{title}: a training step on {device}", "ms", "/ plain", "kernels", "MB")
+        running = {name: Running(problem, method) for name, method in METHODS.items()}
+        turns: dict[str, list[float]] = {name: [] for name in running}
+        for turn in range(config.steps + 1):
+            for name, one in running.items():
+                seconds = one.seconds()
+                if turn:  # The first turn warms up.
+                    turns[name].append(seconds)
+        rows = results[title] = {}
+        for name, method in METHODS.items():
+            quotients = np.array(turns[name]) / np.array(turns[method.plain or name])
+            row = rows[name] = {
+                "seconds": float(np.median(turns[name])),
+                "ratio": float(np.median(quotients)),
+                "quartiles": np.quantile(quotients, [0.25, 0.75]).tolist(),
+                "kernels": sum(kernels(running[name].step).values()),
+                "memory": running[name].memory(),
+            }
+            numbers = (str(row["kernels"]), f"{row['memory'] / 1e6:.1f}")
+            table.add_row(name, f"{1e3 * row['seconds']:.3f}", _shown(row), *numbers)
+        console.print(table)
+    return results
+
+
 def main(config: Config) -> None:
     """Measure and print."""
     # A table that is piped to a file need not fit a terminal.
@@ -306,6 +378,8 @@ def main(config: Config) -> None:
         "kernels": measure_kernels(console),
         "compilation": measure_compilation(config, console),
     }
+    if config.steps:
+        results["steps"] = measure_steps(config, console)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps({"environment": environment(), "results": results}, indent=2))
     console.print(f"Medians with the middle half. Numbers: {config.out}")
