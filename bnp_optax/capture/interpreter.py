@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec, Sharding
 
 from bnp_optax.capture import views
 from bnp_optax.capture.devices import dimension_axes
-from bnp_optax.capture.jaxprs import is_remat
+from bnp_optax.capture.jaxprs import is_remat, scan_counts
 from bnp_optax.capture.moments import Weights
 from bnp_optax.capture.uses import Trace, Use
 from bnp_optax.capture.views import Measure
@@ -187,7 +187,7 @@ def _scan(
     eqn: Any, function: Callable[..., Any], inner: list[Use], args: list[Any], weights: Weights
 ) -> tuple[list[Any], Measures]:
     params = eqn.params
-    n_consts, n_carry = params["num_consts"], params["num_carry"]
+    n_consts, n_carry = scan_counts(eqn)
     consts, init, xs = args[:n_consts], args[n_consts:][:n_carry], args[n_consts + n_carry :]
     # Where all steps share their kernels and are as many as the positions of a sequence, they
     # are these positions, each with its own weights.

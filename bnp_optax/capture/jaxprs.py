@@ -54,7 +54,19 @@ def called(eqn: Any) -> Any:
         return None
     jaxpr = getattr(found[0], "jaxpr", found[0])
     fits = len(jaxpr.invars) == len(eqn.invars) and len(jaxpr.outvars) == len(eqn.outvars)
-    return found[0] if fits and not (jaxpr.constvars and found[0] is jaxpr) else None
+    closed = len(jaxpr.constvars) == len(getattr(found[0], "consts", ()))
+    return found[0] if fits and closed else None
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried.
+
+    From jax 0.11 on, the parameters of the equation give the operands' structure instead.
+    """
+    if "num_carry" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 def is_identity(eqn: Any) -> bool:
@@ -138,7 +150,7 @@ class Liveness:
         return [inner(var) for var in bare(closed).invars]
 
     def _scan(self, index: int, eqn: Any, live: list[bool]) -> list[bool]:
-        n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        n_consts, n_carry = scan_counts(eqn)
         while True:
             self._calls.pop(index, None)
             found = self._enter(index, eqn.params["jaxpr"], live)
@@ -229,7 +241,7 @@ class Numbers:
         return [self.of("inside", key, number) for number in read]
 
     def _scan_inputs(self, eqn: Any, read: list[int]) -> list[int]:
-        n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        n_consts, n_carry = scan_counts(eqn)
         how = eqn.params["reverse"], eqn.params["length"]
         init = read[n_consts : n_consts + n_carry]
         # Backwards, the steps see the same slices, and those of a stack are what was stacked.
@@ -246,7 +258,7 @@ class Numbers:
 
     def _scan(self, eqn: Any, read: list[int]) -> list[int]:
         outputs = self._outputs(eqn.params["jaxpr"], self._scan_inputs(eqn, read))
-        n_carry, length = eqn.params["num_carry"], eqn.params["length"]
+        (_, n_carry), length = scan_counts(eqn), eqn.params["length"]
         stacks = [self.of("stack", number, length) for number in outputs[n_carry:]]
         self._stacks.update(zip(stacks, outputs[n_carry:], strict=True))
         return [*(self.of("last", number, length) for number in outputs[:n_carry]), *stacks]

@@ -265,7 +265,7 @@ class _Tracer(Multiplying):
                 use.piece = dataclasses.replace(use.piece, steps=steps)
 
     def scan(self, index: int, eqn: Any) -> None:
-        n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        n_consts, n_carry = jaxprs.scan_counts(eqn)
         n_fixed = n_consts + n_carry
         closed = eqn.params["jaxpr"]
         operands = [self.view(atom) for atom in eqn.invars]
