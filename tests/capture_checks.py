@@ -1,21 +1,14 @@
 """What every capture owes: the loss and gradient of JAX, right rows, no kernel without a word."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick_jit import jit
 
 import bnp_optax
-
-# Compilation is most of the time here; with these options it takes a quarter of it.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
-)
 
 
 def normal(seed, *shape):

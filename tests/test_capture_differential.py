@@ -13,15 +13,11 @@ from capture_models import CASES, filled, inputs, score
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxpr_as_fun
+from quick_jit import jit
 
 import bnp_optax
 
 RTOL = 1e-4
-# Compilation is most of the time here; with these options it takes a quarter of it.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
-)
 BY_NAME = {case.name: case for case in CASES}
 
 

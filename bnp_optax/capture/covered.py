@@ -197,7 +197,8 @@ def _why_not(
     for use in uses:
         # A layer whose kernel and bias are scaled alike is one with scaled outputs.
         if use.scale != (use.biases[0].scale if use.biases else 1.0):
-            return f"`{use.scaled or 'mul'}` changes it before it meets the inputs, not its bias"
+            rest = ", not its bias" if use.biases else ""
+            return f"`{use.scaled or 'mul'}` changes it before it meets the inputs{rest}"
     axes = sorted({tuple(sorted(use.input_axes)) for use in uses})
     if len(axes) > 1:
         return f"it is tied: summed over its axes {' and over its axes '.join(map(str, axes))}"

@@ -258,7 +258,7 @@ def linen_ensemble_of_stacked_params():
     return Model(loss_fn, params, (jnp.asarray(x),), expected, hand_score(out))
 
 
-@case("linen", whole=False)
+@case("linen")
 def linen_vmap_over_examples():
     x = inputs(3, 4)
     model = nn.Sequential([nn.Dense(5), nn.relu, nn.Dense(2)])

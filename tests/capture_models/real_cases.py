@@ -20,15 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from quick_jit import jit
 
 from capture_models.by_hand import by_output
 from capture_models.record import DENSE, KEY, Record, filled, inputs, score  # noqa: F401
-
-# Compilation is most of the time here; with these options it takes a quarter of it.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
-)
 
 
 class RealModel(NamedTuple):

@@ -100,8 +100,6 @@ class Case:
       make: Builds the model.
       uncovered: Regular expression for the reason, by name of each kernel that is not covered.
       rounding: Of the network's arithmetic, relative to the largest entry of an array.
-      whole: Whether the engines divide the rows into the same calls. Under `vmap` over examples
-        the Linen engine sees calls with one row each.
     """
 
     name: str
@@ -109,7 +107,6 @@ class Case:
     make: Callable[[], Model]
     uncovered: Mapping[str, str]
     rounding: float
-    whole: bool
 
 
 CASES: list[Case] = []
@@ -119,12 +116,11 @@ def case(
     framework: str,
     uncovered: Mapping[str, str] | None = None,
     rounding: float = 1e-6,
-    whole: bool = True,
 ) -> Callable[[Callable[[], Model]], Callable[[], Model]]:
     """Add the decorated `make` to `CASES`."""
 
     def register(make: Callable[[], Model]) -> Callable[[], Model]:
-        CASES.append(Case(make.__name__, framework, make, uncovered or {}, rounding, whole))
+        CASES.append(Case(make.__name__, framework, make, uncovered or {}, rounding))
         return make
 
     return register

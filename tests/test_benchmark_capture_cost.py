@@ -1,0 +1,62 @@
+"""What capture and BNP add to a step, as exact figures that must not grow unnoticed."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import capture_cost
+from benchmarks.capture_cost import METHODS, Config, classification, mlp, transformer
+from benchmarks.resnet import CifarResNet
+
+
+@pytest.mark.parametrize("name, most", [("BNP + SGD", 17), ("Adam in z", 15)])
+def test_kernels_that_a_layer_adds(name, most):
+    method = METHODS[name]
+    added = [
+        sum(capture_cost.kernels_per_layer(m).values()) for m in (method, METHODS[method.plain])
+    ]
+    assert added[1] < added[0] <= added[1] + most
+
+
+@pytest.mark.parametrize(
+    "problem, flops",
+    [
+        (mlp(4, 64), 1.03),
+        (transformer(2, 64, False), 1.007),
+        (classification(CifarResNet(8), (8, 32, 32, 3)), 1.005),
+    ],
+    ids=["mlp", "transformer", "resnet"],
+)
+def test_flops_that_capture_adds(problem, flops):
+    assert 1.0 < capture_cost.gradient_costs(problem)["flops"] <= flops
+
+
+def test_arrays_in_the_state_of_a_transformer():
+    problem = transformer(24, 64, False)
+    ours, adams = (
+        len(jax.tree.leaves(jax.eval_shape(METHODS[name].tx.init, problem.params)))
+        for name in ("Adam in z", "Adam")
+    )
+    assert ours <= 1.6 * adams
+
+
+def test_the_whole_benchmark_on_small_networks(tmp_path, monkeypatch, capsys):
+    small = {
+        "ResNet-38": classification(CifarResNet(8), (2, 8, 8, 3)),
+        "transformer": transformer(1, 16, False),
+        "mlp": mlp(2, 8),
+    }
+    monkeypatch.setattr(capture_cost, "transformer", lambda *_, **__: small["transformer"])
+    monkeypatch.setattr(capture_cost, "classification", lambda *_: small["ResNet-38"])
+    monkeypatch.setattr(capture_cost, "mlp", lambda *_: small["mlp"])
+    out = tmp_path / "cost.json"
+    capture_cost.main(Config(turns=1, compiled_turns=1, steps=1, out=out))
+    results = json.loads(out.read_text())["results"]
+    assert set(results) == {"gradients", "kernels", "compilation", "steps"}
+    for rows in (results["gradients"], results["kernels"], results["compilation"]):
+        for row in rows.values():
+            numbers = [x for x in row.values() if isinstance(x, int | float)]
+            assert np.isfinite(numbers).all()
+    assert "ResNet-20" in capsys.readouterr().out
