@@ -11,7 +11,7 @@ from benchmarks.capture_cost import METHODS, Config, classification, mlp, transf
 from benchmarks.resnet import CifarResNet
 
 
-@pytest.mark.parametrize("name, most", [("BNP + SGD", 17), ("Adam in z", 15)])
+@pytest.mark.parametrize(("name", "most"), [("BNP + SGD", 17), ("Adam in z", 15)])
 def test_kernels_that_a_layer_adds(name, most):
     method = METHODS[name]
     added = [
@@ -21,7 +21,7 @@ def test_kernels_that_a_layer_adds(name, most):
 
 
 @pytest.mark.parametrize(
-    "problem, flops",
+    ("problem", "flops"),
     [
         (mlp(4, 64), 1.03),
         (transformer(2, 64, False), 1.007),

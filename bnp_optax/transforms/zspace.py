@@ -142,9 +142,9 @@ def in_zspace(
 def _exact_zero(update: Array, p: Array) -> Array:
     """`update`, but exactly -p where they cancel but for rounding.
 
-    P(P^-1 p) is p up to rounding, so where the new z is 0, the new p would be about 1e-8 p. Elsewhere
-    this moves it by no more than the rounding of `update`. It asks nothing of z, which most
-    optimizers do not look at and which is then not computed.
+    P(P^-1 p) is p up to rounding, so where the new z is 0, the new p would be about 1e-8 p.
+    Elsewhere this moves it by no more than the rounding of `update`. It asks nothing of z, which
+    most optimizers do not look at and which is then not computed.
     """
     if not jnp.issubdtype(jnp.result_type(p), jnp.inexact):
         return update
