@@ -135,7 +135,7 @@ def bnp(
         mean: Array | None, var: Array, n_entered: Array, stats: LayerStats
     ) -> tuple[Array | None, Array]:
         """Steps 1 and 2: the running statistics with those of the batch."""
-        rate = 1.0 - decay
+        rate: Any = 1.0 - decay
         if warm_start:
             rate = jnp.where(n_entered == 0, 1.0, rate)
         batch = stats.total_variance
@@ -165,7 +165,7 @@ def bnp(
         matched = match_statistics(grads, layers, layer_stats)
         if not matched:
             return state
-        old = BNPState(*map(named_leaves, state[:-1]), state.eps)
+        old = BNPState._make([*map(named_leaves, state[:-1]), state.eps])
         _check_same_layers(matched, old.var)
         new = BNPState({}, {}, {}, {}, eps())
         for name, (layer, stats) in matched.items():
@@ -189,7 +189,7 @@ def bnp(
             if name in old.inputs or var.shape != old.var[name].shape:
                 bits = _bits(layer)
                 new.inputs[name] = entered(bits, old.inputs.get(name, bits))
-        return BNPState(*map(replace_leaves, state[:-1], new[:-1]), new.eps)
+        return BNPState._make([*map(replace_leaves, state[:-1], new[:-1]), new.eps])
 
     return Preconditioner(init, update, lambda state: BNPOperator(state, layers))
 
