@@ -52,8 +52,9 @@ def metrics(opt_state: Any, layers: Layers | None = None) -> dict[str, Array]:
     never_seen = rejected = jnp.zeros((), jnp.int32)
     result: dict[str, Array] = {}
     for state in bnp_states(opt_state):
-        for name, (inv_q, n_entered, n_rejected) in named_leaves(state.numbers).items():
+        for name, numbers in named_leaves(state.numbers).items():
             if name in kappas:
+                inv_q, n_entered, n_rejected = numbers[:3]
                 result[f"q/{name}"] = 1.0 / inv_q
                 never_seen = never_seen + (n_entered == 0)
                 rejected = rejected + n_rejected.astype(jnp.int32)

@@ -48,10 +48,11 @@ def bnp(
         q^2 = max(n / N, sqrt(positions))
 
     from mu = 0, sigma = 1, where n is the fan-in (k^2 c of a convolution), N the batch size and
-    the maximum is over the inputs of the unit. The units of a layer share P but in a grouped
-    convolution, where each group has its own. A layer without a bias cannot be centered: there
-    sigma^2 is the mean square of the inputs, so that D divides by the column norms. Parameters
-    that are no layer's kernel or bias are left as they are.
+    the maximum is over the inputs of the unit. N is the largest batch size that has come, so that
+    a short batch at the end of an epoch does not shrink the step. The units of a layer share P but
+    in a grouped convolution, where each group has its own. A layer without a bias cannot be
+    centered: there sigma^2 is the mean square of the inputs, so that D divides by the column norms.
+    Parameters that are no layer's kernel or bias are left as they are.
 
     Args:
       decay: rho in [0, 1), of the running statistics.
@@ -68,7 +69,8 @@ def bnp(
       variance: `'batch'` takes the variance about the batch's mean, `'running'` about the running
         mean; `'auto'` does so where the layer saw a single row, whose own variance is 0.
       batch_size: N in q, where the statistics do not know it, such as those of one shard. None
-        takes it from them.
+        takes the largest that they had so far: after a change to smaller batches for good, give
+        theirs.
       layers: The layers to precondition; all others pass through. What `find_layers` returns, or
         a part of it. None takes all leaves named `kernel` with at least two axes, each with its
         sibling `bias`, where axes are in the order of Flax's layers. What `find_layers` returns
@@ -126,7 +128,7 @@ def bnp(
         return BNPState(
             mean=_at(params, {n: _full(0.0, layer) for n, layer in found.items() if layer.bias}),
             var=_at(params, {n: _full(1.0, layer) for n, layer in found.items()}),
-            numbers=_at(params, {n: jnp.array([1.0, 0.0, 0.0], jnp.float32) for n in found}),
+            numbers=_at(params, {n: jnp.array([1.0, 0.0, 0.0, 0.0], jnp.float32) for n in found}),
             inputs=_at(params, {n: _bits(layer) for n, layer in found.items() if ambiguous[n]}),
             eps=eps(),
         )
@@ -147,10 +149,10 @@ def bnp(
         new_mean = (1.0 - rate) * mean + rate * stats.mean
         return new_mean, (1.0 - rate) * var + rate * batch
 
-    def inv_q_of(layer: Layer, stats: LayerStats) -> Array:
+    def inv_q_of(layer: Layer, stats: LayerStats, largest: Array) -> Array:
         if not scale:
             return jnp.ones((), jnp.float32)
-        n = stats.batch_size if batch_size is None else batch_size
+        n = largest if batch_size is None else batch_size
         return jax.lax.rsqrt(jnp.maximum(layer.fan_in / n, math.sqrt(stats.layer.positions)))
 
     def update(
@@ -172,7 +174,7 @@ def bnp(
             stats = jax.lax.stop_gradient(stats)
             mean = _widened(old.mean[name], stats) if name in old.mean else None
             var = _widened(old.var[name], stats)
-            inv_q, n_entered, n_rejected = old.numbers[name]
+            inv_q, n_entered, n_rejected, largest = old.numbers[name]
             new_mean, new_var = running(mean, var, n_entered, stats)
             valid = _is_valid(stats)
             accept = valid & (stats.count > 0.0)
@@ -184,8 +186,11 @@ def bnp(
             if mean is not None and new_mean is not None:
                 new.mean[name] = entered(new_mean, mean)
             new.var[name] = entered(new_var, var)
-            new_inv_q = entered(inv_q_of(layer, stats), inv_q)
-            new.numbers[name] = jnp.stack([new_inv_q, n_entered + accept, n_rejected + reject])
+            largest = entered(jnp.maximum(stats.batch_size, largest), largest)
+            inv_q = entered(inv_q_of(layer, stats, largest), inv_q)
+            new.numbers[name] = jnp.stack(
+                [inv_q, n_entered + accept, n_rejected + reject, largest]
+            )
             if name in old.inputs or var.shape != old.var[name].shape:
                 bits = _bits(layer)
                 new.inputs[name] = entered(bits, old.inputs.get(name, bits))

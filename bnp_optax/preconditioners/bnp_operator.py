@@ -25,9 +25,9 @@ class BNPState(NamedTuple):
       mean: At kernels with a bias, the running mean mu, which broadcasts against the kernel.
       var: At all kernels, the running variance sigma^2, of the same shape; the mean square where
         there is no bias.
-      numbers: At all kernels, three numbers: 1 / q of the last statistics, 1 before the first; how
-        many batches entered the running statistics; and how many did not, as they were not finite
-        or had a negative variance.
+      numbers: At all kernels, four numbers: 1 / q, 1 before the first statistics; how many batches
+        entered the running statistics; how many did not, as they were not finite or had a negative
+        variance; and the largest N of those that entered.
       inputs: At kernels whose statistics vary along an axis that is not summed over, such as that
         of stacked layers, or may do so: the axes that are, where bit i stands for axis i.
       eps: `eps_rel` and `eps_abs`, by which sigma~ exceeds sigma.
@@ -64,7 +64,7 @@ def scalings(state: BNPState) -> dict[str, Scaling]:
         axes = inputs.get(name)
         # Step 3.
         floored = var + state.eps[0] * over_inputs(jnp.max, var, axes) + state.eps[1]
-        inv_q, entered, _ = numbers[name]
+        inv_q, entered = numbers[name][:2]
         diagonal = jnp.where(entered > 0, jax.lax.rsqrt(floored), 1.0)
         return Scaling(means.get(name), diagonal, inv_q, axes)
 
