@@ -83,9 +83,7 @@ def test_inputs_that_grow_a_hundredfold_are_followed_at_once(n_rows):
 def test_a_mean_that_jumps_ten_thousand_deviations_is_followed(distance):
     x = batches(64)
     x[AT:] += distance
-    reached = [
-        first(np.abs(trained(max_ratio=c)(x)[0] - distance) < 0.5e4) for c in (1e4, None)
-    ]
+    reached = [first(np.abs(trained(max_ratio=c)(x)[0] - distance) < 0.5e4) for c in (1e4, None)]
     assert reached[1] <= reached[0] <= reached[1] + 10
 
 

@@ -156,21 +156,21 @@ def bnp(
         rate = 1.0 - decay
         if warm_start:
             rate = jnp.where(n_entered == 0, 1.0, rate)
-        batch_mean, batch_var, bound = stats.mean, stats.total_variance, None
+        batch_mean, batch_var = stats.mean, stats.total_variance
+        bound: ArrayLike = np.inf
         if max_ratio is not None:
             whole = (n_entered < _N_WHOLE) | (largest_var == 0.0)
             bound = jnp.where(whole, jnp.inf, max_ratio * largest_var)
+            if mean is not None:
+                # With mu^2, steps grow with the distance gone: mu follows a jump of many sigmas.
+                reach = jnp.sqrt(bound + max_ratio * mean**2)
+                batch_mean = jnp.maximum(jnp.minimum(batch_mean, mean + reach), mean - reach)
         if mean is None:
             batch_var = batch_var + batch_mean**2
-        elif bound is not None:
-            # With mu^2, steps grow with the distance gone: mu follows a jump of many sigmas too.
-            reach = jnp.sqrt(bound + max_ratio * mean**2)
-            batch_mean = jnp.clip(batch_mean, mean - reach, mean + reach)
         if mean is not None and variance != "batch":
             about_running = stats.count <= 1.0 if variance == "auto" else True
             batch_var = batch_var + jnp.where(about_running, (batch_mean - mean) ** 2, 0.0)
-        if bound is not None:
-            batch_var = jnp.minimum(batch_var, bound)
+        batch_var = jnp.minimum(batch_var, bound)
         new_mean = None if mean is None else (1.0 - rate) * mean + rate * batch_mean
         return new_mean, (1.0 - rate) * var + rate * batch_var
 
@@ -213,9 +213,7 @@ def bnp(
             new.var[name] = entered(new_var, var)
             largest = entered(jnp.maximum(stats.batch_size, largest), largest)
             inv_q = entered(inv_q_of(layer, stats, largest), inv_q)
-            new.numbers[name] = jnp.stack(
-                [inv_q, n_entered + accept, n_rejected + reject, largest]
-            )
+            new.numbers[name] = jnp.stack([inv_q, n_entered + accept, n_rejected + reject, largest])
             if name in old.inputs or var.shape != old.var[name].shape:
                 bits = _bits(layer)
                 new.inputs[name] = entered(bits, old.inputs.get(name, bits))
