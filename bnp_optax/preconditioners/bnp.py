@@ -249,7 +249,15 @@ def _may_vary_elsewhere(layer: Layer, layers: Layers | None) -> bool:
 
 def _widened(array: Array, stats: LayerStats) -> Array:
     """A running array in a shape that has room for the statistics, such as a grouped layer's."""
-    return jnp.broadcast_to(array, jnp.broadcast_shapes(array.shape, stats.mean.shape))
+    old, new = array.shape, stats.mean.shape
+    if len(old) != len(new) or any(1 != a != b != 1 for a, b in zip(old, new, strict=True)):
+        msg = (
+            f"The state of `bnp` has running statistics of shape {old} for `{stats.layer.kernel}`, "
+            f"but those of the batch have shape {new}: it is the state of another network. Call "
+            "`init` on these parameters, or restore the state that belongs to them."
+        )
+        raise ValueError(msg)
+    return jnp.broadcast_to(array, jnp.broadcast_shapes(old, new))
 
 
 def _validity_and_largest(

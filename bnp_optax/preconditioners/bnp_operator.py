@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bnp_optax._tree import named_leaves, replace_leaves
+from bnp_optax._tree import named_leaves, quoted, replace_leaves
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners import centering
 from bnp_optax.preconditioners.base import Operator
@@ -120,7 +120,7 @@ class BNPOperator(Operator):
     def _by_layer(self, function: Callable[..., tuple[Array, Any]], tree: Any) -> Any:
         leaves, new = named_leaves(tree), {}
         for name, layer in layers_of(tree, self._layers).items():
-            scaling = self._scalings[name]
+            scaling = self._scaling_of(name, leaves[name])
             s_b, s = scaling.inv_q, scaling.diagonal * scaling.inv_q
             dtype = jnp.promote_types(leaves[name].dtype, jnp.float32)
             w = leaves[name].astype(dtype)
@@ -133,3 +133,20 @@ class BNPOperator(Operator):
                 new[layer.bias] = layer.restore_bias(b, bias.shape).astype(bias.dtype)
             new[name] = w.astype(leaves[name].dtype)
         return replace_leaves(tree, new)
+
+    def _scaling_of(self, name: str, kernel: Array) -> Scaling:
+        scaling = self._scalings.get(name)
+        if scaling is None:
+            has = f"has no running statistics of `{name}`, but of {quoted(self._scalings)}"
+        else:
+            shape = scaling.diagonal.shape
+            if len(shape) == kernel.ndim and all(
+                a in (1, b) for a, b in zip(shape, kernel.shape, strict=True)
+            ):
+                return scaling
+            has = f"has running statistics of shape {shape} for `{name}` of shape {kernel.shape}"
+        msg = (
+            f"The state of `bnp` {has}: it was made for other parameters. Call `init` on these "
+            "parameters, or restore the state that belongs to them."
+        )
+        raise ValueError(msg)
