@@ -33,6 +33,13 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(msg)
 
 
+def check_above_one(name: str, value: Any) -> None:
+    """Raise unless `value` is None or a finite number > 1."""
+    if value is not None and _is_concrete(value) and not (value > 1.0 and math.isfinite(value)):
+        msg = f"`{name}` must be finite and > 1, or None; got {value}."
+        raise ValueError(msg)
+
+
 def check_count(name: str, value: Any) -> None:
     """Raise unless `value` is None or an integer > 0."""
     if value is not None and not (isinstance(value, numbers.Integral) and int(value) > 0):

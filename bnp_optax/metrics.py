@@ -16,9 +16,11 @@ def metrics(opt_state: Any, layers: Layers | None = None) -> dict[str, Array]:
 
     * `layers_never_seen`: covered layers of which no statistics have entered, so that P is the
       identity there: a layer that did not run, or whose statistics were all rejected.
-    * `batches_rejected`: batches times layers whose statistics were not finite.
+    * `batches_rejected`: batches times layers whose statistics were not finite. Those that were
+      bounded by `max_ratio` have entered.
     * `kappa_max`: the largest kappa(D) of a layer.
-    * `kappa/<kernel>`, `q/<kernel>`: kappa(D) and q of each layer.
+    * `kappa/<kernel>`, `q/<kernel>`: kappa(D) and q of each layer; q is
+      that of the largest batch so far.
 
     Args:
       opt_state: The state of an optimizer, in which every `BNPState` is found, or a `TrainState`.
@@ -52,8 +54,9 @@ def metrics(opt_state: Any, layers: Layers | None = None) -> dict[str, Array]:
     never_seen = rejected = jnp.zeros((), jnp.int32)
     result: dict[str, Array] = {}
     for state in bnp_states(opt_state):
-        for name, (inv_q, n_entered, n_rejected) in named_leaves(state.numbers).items():
+        for name, numbers in named_leaves(state.numbers).items():
             if name in kappas:
+                inv_q, n_entered, n_rejected = numbers[:3]
                 result[f"q/{name}"] = 1.0 / inv_q
                 never_seen = never_seen + (n_entered == 0)
                 rejected = rejected + n_rejected.astype(jnp.int32)

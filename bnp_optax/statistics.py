@@ -107,7 +107,8 @@ class LayerStats:
       sq_mean: Square of `mean`, rounded down; after averaging over batches, the mean of the
         squares.
       count: Batch size x output positions x calls, a scalar. 0 means that the layer did not run.
-        After averaging, that of one batch: give `bnp` the whole `batch_size`, which q needs.
+        After averaging, that of one batch: give `bnp` the whole `batch_size`, which q needs
+        (`multi_steps` adds the counts up).
       layer: The kernel, its bias and their axes; static.
 
     Example:

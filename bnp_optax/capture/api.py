@@ -95,7 +95,8 @@ def value_and_grad(
 
     Under data parallelism with explicit collectives, average the statistics like the gradients:
     `jax.lax.pmean(stats, axis_name)`. Derivatives through `value_and_grad` hold the statistics
-    constant.
+    constant, so a loss that returns them as its `aux` may be scaled and differentiated by others,
+    such as Flax's `DynamicScale`.
 
     Args:
       loss_fn: The loss, `loss_fn(params, *args, **kwargs)`; returns a scalar, or

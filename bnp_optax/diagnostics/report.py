@@ -246,7 +246,7 @@ def report(
     counted = {
         name: (int(entered), int(rejected))
         for one in states
-        for name, (_, entered, rejected) in named_leaves(one.numbers).items()
+        for name, (_, entered, rejected, _) in named_leaves(one.numbers).items()
     }
     choices = [None] if P is None else [None, P]
 

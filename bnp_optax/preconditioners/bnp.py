@@ -9,9 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from bnp_optax._checks import check_choice, check_fraction, check_non_negative, check_positive
+from bnp_optax._checks import (
+    check_above_one,
+    check_choice,
+    check_fraction,
+    check_non_negative,
+    check_positive,
+)
 from bnp_optax._tree import named_leaves, quoted, replace_leaves
 from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.base import Preconditioner
@@ -21,6 +27,9 @@ from bnp_optax.preconditioners.matching import LEFT_OUT, match_statistics
 from bnp_optax.statistics import Layer, LayerStats
 
 Variance = Literal["auto", "batch", "running"]
+
+# The running statistics are those of their start, not of the inputs, for a while.
+_N_WHOLE = 10
 
 
 def bnp(
@@ -32,6 +41,7 @@ def bnp(
     warm_start: bool = False,
     variance: Variance = "auto",
     batch_size: ArrayLike | None = None,
+    max_ratio: ArrayLike | None = 1e4,
     layers: Layers | None = None,
 ) -> Preconditioner:
     r"""Precondition each layer by the running mean and variance of its inputs.
@@ -48,10 +58,11 @@ def bnp(
         q^2 = max(n / N, sqrt(positions))
 
     from mu = 0, sigma = 1, where n is the fan-in (k^2 c of a convolution), N the batch size and
-    the maximum is over the inputs of the unit. The units of a layer share P but in a grouped
-    convolution, where each group has its own. A layer without a bias cannot be centered: there
-    sigma^2 is the mean square of the inputs, so that D divides by the column norms. Parameters
-    that are no layer's kernel or bias are left as they are.
+    the maximum is over the inputs of the unit. N is the largest batch size that has come, so that
+    a short batch at the end of an epoch does not shrink the step. The units of a layer share P but
+    in a grouped convolution, where each group has its own. A layer without a bias cannot be
+    centered: there sigma^2 is the mean square of the inputs, so that D divides by the column norms.
+    Parameters that are no layer's kernel or bias are left as they are.
 
     Args:
       decay: rho in [0, 1), of the running statistics.
@@ -68,7 +79,13 @@ def bnp(
       variance: `'batch'` takes the variance about the batch's mean, `'running'` about the running
         mean; `'auto'` does so where the layer saw a single row, whose own variance is 0.
       batch_size: N in q, where the statistics do not know it, such as those of one shard. None
-        takes it from them.
+        takes the largest that they had so far: after a change to smaller batches for good, give
+        theirs.
+      max_ratio: A bound > 1 on what one batch can do: its sigma_H^2 counts as no more than
+        max_ratio max(sigma^2), the maximum over the layer, and mu_H as no further from mu than
+        sqrt(max_ratio (max(sigma^2) + mu^2)). So an outlier of any size is forgotten in some
+        hundreds of steps, and inputs that change for good are still followed, since the bound
+        grows with the running statistics. The first ten batches enter whole. None for no bound.
       layers: The layers to precondition; all others pass through. What `find_layers` returns, or
         a part of it. None takes all leaves named `kernel` with at least two axes, each with its
         sibling `bias`, where axes are in the order of Flax's layers. What `find_layers` returns
@@ -114,6 +131,7 @@ def bnp(
     check_non_negative("eps_abs", eps_abs)
     check_choice("variance", variance, ("auto", "batch", "running"))
     check_positive("batch_size", batch_size)
+    check_above_one("max_ratio", max_ratio)
     check_layers(layers)
 
     def eps() -> Array:
@@ -126,31 +144,40 @@ def bnp(
         return BNPState(
             mean=_at(params, {n: _full(0.0, layer) for n, layer in found.items() if layer.bias}),
             var=_at(params, {n: _full(1.0, layer) for n, layer in found.items()}),
-            numbers=_at(params, {n: jnp.array([1.0, 0.0, 0.0], jnp.float32) for n in found}),
+            numbers=_at(params, {n: jnp.array([1.0, 0.0, 0.0, 0.0], jnp.float32) for n in found}),
             inputs=_at(params, {n: _bits(layer) for n, layer in found.items() if ambiguous[n]}),
             eps=eps(),
         )
 
     def running(
-        mean: Array | None, var: Array, n_entered: Array, stats: LayerStats
+        mean: Array | None, var: Array, n_entered: Array, largest_var: Array, stats: LayerStats
     ) -> tuple[Array | None, Array]:
         """Steps 1 and 2: the running statistics with those of the batch."""
         rate: Any = 1.0 - decay
         if warm_start:
             rate = jnp.where(n_entered == 0, 1.0, rate)
-        batch = stats.total_variance
+        batch_mean, batch_var = stats.mean, stats.total_variance
+        bound: ArrayLike = np.inf
+        if max_ratio is not None:
+            whole = (n_entered < _N_WHOLE) | (largest_var == 0.0)
+            bound = jnp.where(whole, jnp.inf, max_ratio * largest_var)
+            if mean is not None:
+                # With mu^2, steps grow with the distance gone: mu follows a jump of many sigmas.
+                reach = jnp.sqrt(bound + max_ratio * mean**2)
+                batch_mean = jnp.maximum(jnp.minimum(batch_mean, mean + reach), mean - reach)
         if mean is None:
-            return None, (1.0 - rate) * var + rate * (batch + stats.mean**2)
-        if variance != "batch":
+            batch_var = batch_var + batch_mean**2
+        if mean is not None and variance != "batch":
             about_running = stats.count <= 1.0 if variance == "auto" else True
-            batch = batch + jnp.where(about_running, (stats.mean - mean) ** 2, 0.0)
-        new_mean = (1.0 - rate) * mean + rate * stats.mean
-        return new_mean, (1.0 - rate) * var + rate * batch
+            batch_var = batch_var + jnp.where(about_running, (batch_mean - mean) ** 2, 0.0)
+        batch_var = jnp.minimum(batch_var, bound)
+        new_mean = None if mean is None else (1.0 - rate) * mean + rate * batch_mean
+        return new_mean, (1.0 - rate) * var + rate * batch_var
 
-    def inv_q_of(layer: Layer, stats: LayerStats) -> Array:
+    def inv_q_of(layer: Layer, stats: LayerStats, largest: Array) -> Array:
         if not scale:
             return jnp.ones((), jnp.float32)
-        n = stats.batch_size if batch_size is None else batch_size
+        n = largest if batch_size is None else batch_size
         return jax.lax.rsqrt(jnp.maximum(layer.fan_in / n, math.sqrt(stats.layer.positions)))
 
     def update(
@@ -172,9 +199,9 @@ def bnp(
             stats = jax.lax.stop_gradient(stats)
             mean = _widened(old.mean[name], stats) if name in old.mean else None
             var = _widened(old.var[name], stats)
-            inv_q, n_entered, n_rejected = old.numbers[name]
-            new_mean, new_var = running(mean, var, n_entered, stats)
-            valid = _is_valid(stats)
+            inv_q, n_entered, n_rejected, largest = old.numbers[name]
+            valid, largest_var = _validity_and_largest(stats, var)
+            new_mean, new_var = running(mean, var, n_entered, largest_var, stats)
             accept = valid & (stats.count > 0.0)
             reject = ~valid & (stats.count != 0.0)
 
@@ -184,8 +211,9 @@ def bnp(
             if mean is not None and new_mean is not None:
                 new.mean[name] = entered(new_mean, mean)
             new.var[name] = entered(new_var, var)
-            new_inv_q = entered(inv_q_of(layer, stats), inv_q)
-            new.numbers[name] = jnp.stack([new_inv_q, n_entered + accept, n_rejected + reject])
+            largest = entered(jnp.maximum(stats.batch_size, largest), largest)
+            inv_q = entered(inv_q_of(layer, stats, largest), inv_q)
+            new.numbers[name] = jnp.stack([inv_q, n_entered + accept, n_rejected + reject, largest])
             if name in old.inputs or var.shape != old.var[name].shape:
                 bits = _bits(layer)
                 new.inputs[name] = entered(bits, old.inputs.get(name, bits))
@@ -221,24 +249,36 @@ def _may_vary_elsewhere(layer: Layer, layers: Layers | None) -> bool:
 
 def _widened(array: Array, stats: LayerStats) -> Array:
     """A running array in a shape that has room for the statistics, such as a grouped layer's."""
-    return jnp.broadcast_to(array, jnp.broadcast_shapes(array.shape, stats.mean.shape))
+    old, new = array.shape, stats.mean.shape
+    if len(old) != len(new) or any(1 != a != b != 1 for a, b in zip(old, new, strict=True)):
+        msg = (
+            f"The state of `bnp` has running statistics of shape {old} for `{stats.layer.kernel}`, "
+            f"but those of the batch have shape {new}: it is the state of another network. Call "
+            "`init` on these parameters, or restore the state that belongs to them."
+        )
+        raise ValueError(msg)
+    return jnp.broadcast_to(array, jnp.broadcast_shapes(old, new))
 
 
-def _is_valid(stats: LayerStats) -> Bool[Array, ""]:
-    """Whether all numbers are finite, also after they have entered, and no variance is negative.
+def _validity_and_largest(
+    stats: LayerStats, var: Array
+) -> tuple[Bool[Array, ""], Float[Array, ""]]:
+    """Whether statistics may enter the running ones, and the largest running variance.
 
+    They may if all numbers are finite, also after they have entered, and no variance is negative.
     0 x is 0 for finite x and NaN otherwise. The largest number that enters is less than
     4 (var + sq_mean), of a batch's mean at a distance from the running one.
     """
     zeros = 0.0 * (4.0 * (stats.var + stats.sq_mean)) + 0.0 * stats.mean
-    # One reduction: two would be more kernels to start than a network has other work for.
-    finite, smallest = jax.lax.reduce(
-        (zeros, stats.var),
-        (np.float32(0.0), np.float32(np.inf)),
-        lambda x, y: (x[0] + y[0], jnp.minimum(x[1], y[1])),
+    zeros, batch_var, var = jnp.broadcast_arrays(zeros, stats.var, var)
+    # One reduction: three would be more kernels to start than a network has other work for.
+    finite, smallest, largest = jax.lax.reduce(
+        (zeros, batch_var, var),
+        (np.float32(0.0), np.float32(np.inf), np.float32(0.0)),
+        lambda x, y: (x[0] + y[0], jnp.minimum(x[1], y[1]), jnp.maximum(x[2], y[2])),
         tuple(range(zeros.ndim)),
     )
-    return (finite + 0.0 * stats.count == 0.0) & (smallest >= 0.0)
+    return (finite + 0.0 * stats.count == 0.0) & (smallest >= 0.0), largest
 
 
 def _check_same_layers(found: Iterable[str], expected: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bnp_optax._tree import named_leaves, replace_leaves
+from bnp_optax._tree import named_leaves, quoted, replace_leaves
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners import centering
 from bnp_optax.preconditioners.base import Operator
@@ -25,9 +25,9 @@ class BNPState(NamedTuple):
       mean: At kernels with a bias, the running mean mu, which broadcasts against the kernel.
       var: At all kernels, the running variance sigma^2, of the same shape; the mean square where
         there is no bias.
-      numbers: At all kernels, three numbers: 1 / q of the last statistics, 1 before the first; how
-        many batches entered the running statistics; and how many did not, as they were not finite
-        or had a negative variance.
+      numbers: At all kernels, four numbers: 1 / q, 1 before the first statistics; how many batches
+        entered the running statistics; how many did not, as they were not finite or had a negative
+        variance; and the largest N of those that entered.
       inputs: At kernels whose statistics vary along an axis that is not summed over, such as that
         of stacked layers, or may do so: the axes that are, where bit i stands for axis i.
       eps: `eps_rel` and `eps_abs`, by which sigma~ exceeds sigma.
@@ -64,7 +64,7 @@ def scalings(state: BNPState) -> dict[str, Scaling]:
         axes = inputs.get(name)
         # Step 3.
         floored = var + state.eps[0] * over_inputs(jnp.max, var, axes) + state.eps[1]
-        inv_q, entered, _ = numbers[name]
+        inv_q, entered = numbers[name][:2]
         diagonal = jnp.where(entered > 0, jax.lax.rsqrt(floored), 1.0)
         return Scaling(means.get(name), diagonal, inv_q, axes)
 
@@ -120,7 +120,7 @@ class BNPOperator(Operator):
     def _by_layer(self, function: Callable[..., tuple[Array, Any]], tree: Any) -> Any:
         leaves, new = named_leaves(tree), {}
         for name, layer in layers_of(tree, self._layers).items():
-            scaling = self._scalings[name]
+            scaling = self._scaling_of(name, leaves[name])
             s_b, s = scaling.inv_q, scaling.diagonal * scaling.inv_q
             dtype = jnp.promote_types(leaves[name].dtype, jnp.float32)
             w = leaves[name].astype(dtype)
@@ -133,3 +133,20 @@ class BNPOperator(Operator):
                 new[layer.bias] = layer.restore_bias(b, bias.shape).astype(bias.dtype)
             new[name] = w.astype(leaves[name].dtype)
         return replace_leaves(tree, new)
+
+    def _scaling_of(self, name: str, kernel: Array) -> Scaling:
+        scaling = self._scalings.get(name)
+        if scaling is None:
+            has = f"has no running statistics of `{name}`, but of {quoted(self._scalings)}"
+        else:
+            shape = scaling.diagonal.shape
+            if len(shape) == kernel.ndim and all(
+                a in (1, b) for a, b in zip(shape, kernel.shape, strict=True)
+            ):
+                return scaling
+            has = f"has running statistics of shape {shape} for `{name}` of shape {kernel.shape}"
+        msg = (
+            f"The state of `bnp` {has}: it was made for other parameters. Call `init` on these "
+            "parameters, or restore the state that belongs to them."
+        )
+        raise ValueError(msg)

@@ -19,8 +19,8 @@ _HOW_TO_PASS = (
     "does not pass them on); `layer_stats=None` reuses the running ones."
 )
 _DROPPED = (
-    " If you did, a wrapper dropped it: `optax.MultiSteps` inside a chain does, unless given as "
-    "`optax.GradientTransformationExtraArgs(multi.init, multi.update)`."
+    " If you did, a wrapper dropped it: `optax.MultiSteps` inside a chain does; use "
+    "`bnp_optax.multi_steps` in its place."
 )
 _FIND_LAYERS = "`layers=bnp_optax.find_layers(loss_fn, params, ...)`"
 

@@ -22,6 +22,7 @@ class BNPOptions(TypedDict, total=False):
     warm_start: bool
     variance: Variance
     batch_size: ArrayLike | None
+    max_ratio: ArrayLike | None
     layers: Layers | None
 
 

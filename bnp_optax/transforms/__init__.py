@@ -5,6 +5,7 @@ from bnp_optax.transforms.gradient_regularization import (
     gradient_regularization,
     zspace_grad_reg,
 )
+from bnp_optax.transforms.multi_steps import MultiStepsState, multi_steps
 from bnp_optax.transforms.precondition import (
     PreconditionState,
     bnp_precondition,
@@ -17,11 +18,13 @@ from bnp_optax.transforms.zspace import InZspaceState, in_zspace
 __all__ = [
     "GradientRegularizationState",
     "InZspaceState",
+    "MultiStepsState",
     "PreconditionState",
     "ProximalL1State",
     "bnp_precondition",
     "gradient_regularization",
     "in_zspace",
+    "multi_steps",
     "precondition",
     "proximal_l1",
     "pspace_weight_decay",

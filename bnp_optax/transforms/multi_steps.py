@@ -1,0 +1,174 @@
+"""Accumulate gradients and statistics over microbatches."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from bnp_optax._tree import named_leaves, replace_leaves
+from bnp_optax.preconditioners.bnp_operator import bnp_states
+from bnp_optax.preconditioners.matching import LEFT_OUT
+from bnp_optax.statistics import LayerStats
+
+
+class MultiStepsState(NamedTuple):
+    """State of `multi_steps`.
+
+    The last three fields have the parameters' structure, with `optax.MaskedNode` where there is no
+    kernel that is preconditioned.
+
+    Attributes:
+      multi_steps: State of `optax.MultiSteps`.
+      mean: Mean of the inputs in the microbatches since the last step.
+      var: Variance of the same, that between microbatches included.
+      rows: How many rows these are of, a scalar.
+    """
+
+    multi_steps: optax.MultiStepsState
+    mean: Any
+    var: Any
+    rows: Any
+
+
+class _Moments(NamedTuple):
+    mean: Array
+    var: Array
+    rows: Float[Array, ""]
+
+
+def multi_steps(
+    tx: optax.GradientTransformation,
+    every_k_schedule: int | Callable[[ArrayLike], ArrayLike],
+    use_grad_mean: bool = True,
+    should_skip_update_fn: Callable[..., tuple[Bool[Array, ""], Any]] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.MultiSteps` that accumulates the statistics too: one step for k microbatches.
+
+    `optax.MultiSteps` itself hands on the extra arguments of the last microbatch alone. Here the
+    preconditioner gets the statistics of all rows since its last step, whose number is N in q. For
+    microbatches of one size the step is that of their union, up to rounding.
+
+    `layer_stats=None` adds nothing; with the last microbatch of a step it reuses the running
+    statistics, and what the others brought is lost. A microbatch that is skipped adds nothing.
+
+    Args:
+      tx: What to run on the averaged gradients, such as `bnp_adam(1e-3)`. For grouped convolutions
+        it needs `layers=`.
+      every_k_schedule: Number of microbatches of a step, or a function from the number of steps
+        taken to it.
+      use_grad_mean: Whether to average the gradients, or to add them.
+      should_skip_update_fn: As in `optax.MultiSteps`, such as `optax.skip_not_finite`.
+
+    Returns:
+      A transformation with state `MultiStepsState`. Its updates are zero but for every k-th.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax.linen as nn
+      >>> import bnp_optax
+      >>> model, x = nn.Dense(2), jax.random.normal(jax.random.key(1), (8, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda p, x: jnp.mean(model.apply({"params": p}, x) ** 2)
+      >>> def step(tx, batches):
+      ...     state = tx.init(params)
+      ...     for batch in batches:
+      ...         _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params, batch)
+      ...         updates, state = tx.update(grads, state, params, layer_stats=stats)
+      ...     return updates["kernel"]
+      >>> tx = bnp_optax.bnp_sgd(0.1)
+      >>> parts = step(bnp_optax.multi_steps(tx, 4), jnp.split(x, 4))
+      >>> bool(jnp.allclose(parts, step(tx, [x]), rtol=1e-4))
+      True
+    """
+    multi = optax.MultiSteps(tx, every_k_schedule, use_grad_mean, should_skip_update_fn)
+
+    def init_fn(params: optax.Params) -> MultiStepsState:
+        state = multi.init(params)
+        shapes: dict[str, Any] = {}
+        for bnp_state in bnp_states(state):
+            shapes |= {name: jnp.shape(var) for name, var in named_leaves(bnp_state.var).items()}
+        masks = jax.tree.map(lambda _: optax.MaskedNode(), params)
+
+        def zeros(shapes: Mapping[str, Any]) -> Any:
+            return replace_leaves(masks, {n: jnp.zeros(s, jnp.float32) for n, s in shapes.items()})
+
+        return MultiStepsState(
+            state, zeros(shapes), zeros(shapes), zeros(dict.fromkeys(shapes, ()))
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: Any = None,
+        *,
+        layer_stats: Any = LEFT_OUT,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, MultiStepsState]:
+        trees = state[1:]
+        old = {
+            name: _Moments(*moments)
+            for name, *moments in _zipped(*(named_leaves(tree) for tree in trees))
+        }
+        given = layer_stats if isinstance(layer_stats, Mapping) else {}
+        new = {
+            name: _union(moments, given[name])
+            for name, moments in old.items()
+            if _fits(moments, given.get(name))
+        }
+        if new:
+            layer_stats = {**given}
+            for name, moments in new.items():
+                layer_stats[name] = LayerStats.of_batch(*moments, given[name].layer)
+        if layer_stats is not LEFT_OUT:
+            extra_args["layer_stats"] = layer_stats
+        before = state.multi_steps
+        updates, after = multi.update(updates, before, params, **extra_args)
+        stepped = after.gradient_step != before.gradient_step
+        skipped = ~stepped & (after.mini_step == before.mini_step)
+
+        def kept(new: Array, old: Array) -> Array:
+            return jnp.where(stepped, 0.0, jnp.where(skipped, old, new))
+
+        moments = {
+            name: jax.tree.map(kept, new.get(name, moments), moments)
+            for name, moments in old.items()
+        }
+        fields = (
+            replace_leaves(tree, {name: each[i] for name, each in moments.items()})
+            for i, tree in enumerate(trees)
+        )
+        return updates, MultiStepsState(after, *fields)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _zipped(*dicts: Mapping[str, Array]) -> list[tuple[Any, ...]]:
+    return [(name, *(each[name] for each in dicts)) for name in dicts[0]]
+
+
+def _fits(moments: _Moments, stats: Any) -> bool:
+    """Whether there are statistics to add; the preconditioner refuses those that do not fit."""
+    if not isinstance(stats, LayerStats):
+        return False
+    old, new = moments.mean.shape, jnp.shape(stats.mean)
+    return len(old) == len(new) and all(
+        a == b or 1 in (a, b) for a, b in zip(old, new, strict=True)
+    )
+
+
+def _union(moments: _Moments, stats: LayerStats) -> _Moments:
+    """Moments of the rows of both; accurate at any mean, unlike the mean square less the square."""
+    mean, var, rows = moments
+    total = rows + stats.count
+    share = jnp.where(stats.count == 0.0, 0.0, stats.count / total)
+    distance = stats.mean - mean
+    between = share * (1.0 - share) * distance**2
+    return _Moments(
+        mean + share * distance,
+        (1.0 - share) * var + share * stats.total_variance + between,
+        total,
+    )
