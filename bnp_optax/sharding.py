@@ -58,8 +58,8 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
     missing = [name for name in arrays if name not in given]
     if missing:
         msg = (
-            f"`shardings` has nothing for {quoted(missing)}; it has {quoted(given)}. Give a tree of "
-            "the parameters' structure, with None where one is replicated."
+            f"`shardings` has nothing for {quoted(missing)}; it has {quoted(given)}. Give a tree "
+            "of the parameters' structure, with None where one is replicated."
         )
         raise ValueError(msg)
     replicated = _replicated(given)
@@ -68,9 +68,10 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
 
     def of_array(path: Any, array: Any) -> Spec:
         name = _parameter(path_name(path), arrays)
-        if name is None or given[name] is None:
+        spec = None if name is None else given[name]
+        if name is None or spec is None:
             return replicated
-        return _fitted(given[name], arrays[name].shape, array.shape)
+        return _fitted(spec, tuple(arrays[name].shape), tuple(array.shape))
 
     def of_node(path: Any, node: Any) -> Any:
         if not _is_bnp(node):
