@@ -23,6 +23,7 @@ from bnp_optax.preconditioners import (
     compose,
     rms,
 )
+from bnp_optax.sharding import state_sharding
 from bnp_optax.statistics import Layer, LayerStats
 from bnp_optax.training import TrainState
 from bnp_optax.transforms import (
@@ -77,6 +78,7 @@ __all__ = [
     "proximal_l1",
     "pspace_weight_decay",
     "rms",
+    "state_sharding",
     "summarize",
     "value_and_grad",
     "zspace_grad_reg",

@@ -50,6 +50,14 @@ def replace_leaves(tree: Any, new: dict[str, Any]) -> Any:
     return treedef.unflatten([new.get(name, node) for name, node in nodes.items()])
 
 
+def mask_leaves(tree: Any) -> Any:
+    """`tree` with a mask for each leaf, without the boxes that leaves of a library are in.
+
+    A box may say by what axes of a mesh its value is sharded, which is true of that value only.
+    """
+    return jax.tree.map(lambda _: optax.MaskedNode(), tree, is_leaf=_is_box)
+
+
 def absent(names: Iterable[str], tree: Any) -> list[str]:
     """Those of `names` that `tree` has not, nor may have where it is masked or None."""
     nodes = _named_nodes(tree)[0]
@@ -88,6 +96,12 @@ def _named_nodes(tree: Any) -> tuple[dict[str, Any], Any]:
         )
         raise ValueError(msg)
     return nodes, treedef
+
+
+def _is_box(node: Any) -> bool:
+    """Whether `node` holds nothing but its `value`."""
+    children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    return [path for path, _ in children] == [(GetAttrKey("value"),)]
 
 
 def _ends_in_value(path: KeyPath) -> bool:

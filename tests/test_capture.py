@@ -383,7 +383,6 @@ def test_pmean_over_shards_gives_the_whole_batch():
         mesh=data_mesh(),
         in_specs=(PartitionSpec(), PartitionSpec("data")),
         out_specs=PartitionSpec(),
-        check_vma=False,
     )
     stats = jax.jit(shard_map)(params, ROWS)["kernel"]
     rows = np.asarray(ROWS, np.float64)

@@ -1,13 +1,12 @@
 """Batch normalization preconditioning (Lange, Helfrich, Ye, JMLR 2022, Algorithms 2 and 3)."""
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -18,7 +17,8 @@ from bnp_optax._checks import (
     check_non_negative,
     check_positive,
 )
-from bnp_optax._tree import named_leaves, quoted, replace_leaves
+from bnp_optax._explicit import fitted
+from bnp_optax._tree import mask_leaves, named_leaves, quoted, replace_leaves
 from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.base import Preconditioner
 from bnp_optax.preconditioners.bnp_operator import BNPOperator, BNPState
@@ -138,12 +138,16 @@ def bnp(
         return jnp.stack([jnp.asarray(e, jnp.float32) for e in (eps_rel, eps_abs)])
 
     def init(params: Any) -> BNPState:
-        found = layers_of(params, layers)
+        found, leaves = layers_of(params, layers), named_leaves(params)
+
+        def full(value: float, name: str) -> Array:
+            array = jnp.full(found[name].stats_shape, value, jnp.float32)
+            return fitted(array, leaves[name])
 
         ambiguous = {name: _may_vary_elsewhere(layer, layers) for name, layer in found.items()}
         return BNPState(
-            mean=_at(params, {n: _full(0.0, layer) for n, layer in found.items() if layer.bias}),
-            var=_at(params, {n: _full(1.0, layer) for n, layer in found.items()}),
+            mean=_at(params, {n: full(0.0, n) for n, layer in found.items() if layer.bias}),
+            var=_at(params, {n: full(1.0, n) for n in found}),
             numbers=_at(params, {n: jnp.array([1.0, 0.0, 0.0, 0.0], jnp.float32) for n in found}),
             inputs=_at(params, {n: _bits(layer) for n, layer in found.items() if ambiguous[n]}),
             eps=eps(),
@@ -199,6 +203,7 @@ def bnp(
             stats = jax.lax.stop_gradient(stats)
             mean = _widened(old.mean[name], stats) if name in old.mean else None
             var = _widened(old.var[name], stats)
+            stats = jax.tree.map(functools.partial(_placed, like=var), stats)
             inv_q, n_entered, n_rejected, largest = old.numbers[name]
             valid, largest_var = _validity_and_largest(stats, var)
             new_mean, new_var = running(mean, var, n_entered, largest_var, stats)
@@ -223,13 +228,8 @@ def bnp(
 
 
 def _at(tree: Any, arrays: dict[str, Array]) -> Any:
-    """A tree of the structure of `tree` with `arrays` at their names and masks elsewhere."""
-    masks = jax.tree.map(lambda _: optax.MaskedNode(), tree)
-    return replace_leaves(masks, arrays)
-
-
-def _full(value: float, layer: Layer) -> Array:
-    return jnp.full(layer.stats_shape, value, jnp.float32)
+    """A tree of the structure of `tree`, unboxed, with `arrays` at their names, else masks."""
+    return replace_leaves(mask_leaves(tree), arrays)
 
 
 def _bits(layer: Layer) -> Int[Array, ""]:
@@ -260,6 +260,11 @@ def _widened(array: Array, stats: LayerStats) -> Array:
     return jnp.broadcast_to(array, jnp.broadcast_shapes(old, new))
 
 
+def _placed(x: Array, like: Array) -> Array:
+    """Statistics that came, sharded as the running ones; the count is of no layout."""
+    return fitted(x, like) if x.ndim else x
+
+
 def _validity_and_largest(
     stats: LayerStats, var: Array
 ) -> tuple[Bool[Array, ""], Float[Array, ""]]:
@@ -270,15 +275,10 @@ def _validity_and_largest(
     4 (var + sq_mean), of a batch's mean at a distance from the running one.
     """
     zeros = 0.0 * (4.0 * (stats.var + stats.sq_mean)) + 0.0 * stats.mean
-    zeros, batch_var, var = jnp.broadcast_arrays(zeros, stats.var, var)
-    # One reduction: three would be more kernels to start than a network has other work for.
-    finite, smallest, largest = jax.lax.reduce(
-        (zeros, batch_var, var),
-        (np.float32(0.0), np.float32(np.inf), np.float32(0.0)),
-        lambda x, y: (x[0] + y[0], jnp.minimum(x[1], y[1]), jnp.maximum(x[2], y[2])),
-        tuple(range(zeros.ndim)),
-    )
-    return (finite + 0.0 * stats.count == 0.0) & (smallest >= 0.0), largest
+    # One reduction of one array: more would be kernels to start, and collectives where it is
+    # sharded, which a network has little other work for.
+    largest = jnp.max(jnp.where((zeros == 0.0) & (stats.var >= 0.0), var, jnp.inf))
+    return jnp.isfinite(largest) & jnp.isfinite(stats.count), largest
 
 
 def _check_same_layers(found: Iterable[str], expected: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bnp_optax._explicit import fitted
 from bnp_optax._tree import named_leaves, quoted, replace_leaves
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners import centering
@@ -18,8 +19,10 @@ class BNPState(NamedTuple):
     """State of `bnp`: running statistics and a few numbers at each kernel.
 
     Every field but the last has the parameters' structure, with `optax.MaskedNode` where it has
-    nothing to say. A layer's numbers are an array of their own, so that layers of one shape are
-    one program to compile; entries of one vector for all layers would be a program each.
+    nothing to say, and without the boxes of Flax, such as `nn.Partitioned`, whose axis names are
+    those of the parameters; `bnp_optax.state_sharding` tells how to shard it. A layer's numbers
+    are an array of their own, so that layers of one shape are one program to compile; entries of
+    one vector for all layers would be a program each.
 
     Attributes:
       mean: At kernels with a bias, the running mean mu, which broadcasts against the kernel.
@@ -121,16 +124,17 @@ class BNPOperator(Operator):
         leaves, new = named_leaves(tree), {}
         for name, layer in layers_of(tree, self._layers).items():
             scaling = self._scaling_of(name, leaves[name])
-            s_b, s = scaling.inv_q, scaling.diagonal * scaling.inv_q
             dtype = jnp.promote_types(leaves[name].dtype, jnp.float32)
             w = leaves[name].astype(dtype)
+            s_b, s = scaling.inv_q, fitted(scaling.diagonal * scaling.inv_q, w)
             if layer.bias is None or scaling.mean is None:
                 w, _ = function(w, None, None, s, s_b)
             else:
                 bias = leaves[layer.bias]
-                aligned = layer.align_bias(bias.astype(dtype))
-                w, b = function(w, aligned, scaling.mean, s, s_b)
-                new[layer.bias] = layer.restore_bias(b, bias.shape).astype(bias.dtype)
+                aligned = fitted(layer.align_bias(bias.astype(dtype)), w)
+                w, b = function(w, aligned, fitted(scaling.mean, w), s, s_b)
+                restored = layer.restore_bias(b, bias.shape).astype(bias.dtype)
+                new[layer.bias] = fitted(restored, bias)
             new[name] = w.astype(leaves[name].dtype)
         return replace_leaves(tree, new)
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bnp_optax._explicit import sharding_of_sum
+
 Kernel = Float[Array, "..."]
 Bias = Float[Array, "..."] | None
 Stats = Float[Array, "..."]
@@ -58,4 +60,5 @@ def _dot(c: Stats, w: Kernel, bias_shape: tuple[int, ...]) -> Float[Array, "..."
     varying = [axis for axis in axes if c.shape[axis] > 1]
     kept = [axis for axis in axes if bias_shape[axis] > 1]
     flat = jnp.squeeze(c, tuple(axis for axis in axes if c.shape[axis] == 1))
-    return jnp.einsum(flat, varying, w, axes, kept).reshape(bias_shape)
+    out_sharding = sharding_of_sum(w, kept)
+    return jnp.einsum(flat, varying, w, axes, kept, out_sharding=out_sharding).reshape(bias_shape)

@@ -1,0 +1,531 @@
+"""One small network trained in every way that JAX has of using many devices.
+
+A *mode* places parameters and batches on eight devices, builds a training step of an optimizer,
+and says how to read the parameters back. All modes start from the same parameters and see the same
+batches, so that each must end where one device does.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import bnp_optax
+import bnp_optax.flax_nnx
+
+DEVICES, STEPS, BATCH = 8, 10, 64
+WIDTHS = (16, 32, 32, 8)
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+RULES = (("features", "model"), ("batch", "data"))
+# The name has moved.
+reshard = getattr(jax, "reshard", None) or jax.sharding.reshard
+
+Params = Mapping[str, Mapping[str, jax.Array]]
+Dense = Callable[[int, Any, jax.Array], jax.Array]
+Loss = Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optimizer of this library, and what it is without preconditioning.
+
+    Attributes:
+      make: The optimizer.
+      plain: The same without statistics.
+      needs_grad_fn: Whether `update` takes the gradient as a function.
+    """
+
+    make: Callable[[], optax.GradientTransformationExtraArgs]
+    plain: Callable[[], optax.GradientTransformation]
+    needs_grad_fn: bool = False
+
+
+@dataclasses.dataclass
+class Training:
+    """A compiled step, and where training starts.
+
+    Attributes:
+      step: `(carry, x, y) -> carry`, jitted.
+      carry: Parameters and the optimizer's state.
+      place: Puts a batch where the step wants it.
+      params: Parameters of a carry, in the order of `initial`.
+      context: What the step is called in.
+    """
+
+    step: Any
+    carry: Any
+    place: Callable[[jax.Array], jax.Array] = jnp.asarray
+    params: Callable[[Any], Any] = lambda carry: carry[0]
+    context: Callable[[], Any] = contextlib.nullcontext
+
+
+Mode = Callable[[Optimizer, bool], Training]
+
+
+def initial() -> dict[str, dict[str, np.ndarray]]:
+    """Parameters to start from."""
+    r = np.random.default_rng(0)
+
+    def layer(n: int, m: int) -> dict[str, np.ndarray]:
+        kernel, bias = r.normal(size=(n, m)) / np.sqrt(n), r.normal(size=m) / 2
+        return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+
+    return {f"Dense_{i}": layer(n, m) for i, (n, m) in enumerate(zip(WIDTHS, WIDTHS[1:], strict=False))}
+
+
+def batches() -> tuple[np.ndarray, np.ndarray]:
+    """Badly scaled inputs and targets, one batch for each step."""
+    r = np.random.default_rng(1)
+    x = r.normal(size=(STEPS, BATCH, WIDTHS[0])) * np.linspace(0.5, 3.0, WIDTHS[0]) + 1.0
+    y = r.normal(size=(STEPS, BATCH, WIDTHS[-1]))
+    return x.astype(np.float32), y.astype(np.float32)
+
+
+def _bnp() -> bnp_optax.Preconditioner:
+    return bnp_optax.bnp(batch_size=BATCH)
+
+
+def _regularized() -> optax.GradientTransformationExtraArgs:
+    first = bnp_optax.zspace_grad_reg(0.01, _bnp())
+    return optax.chain(first, bnp_optax.precondition(_bnp()), optax.sgd(0.1))
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "bnp_sgd": Optimizer(
+        lambda: bnp_optax.bnp_sgd(0.1, momentum=0.9, batch_size=BATCH),
+        lambda: optax.sgd(0.1, momentum=0.9),
+    ),
+    "bnp_adam": Optimizer(
+        lambda: bnp_optax.bnp_adam(1e-2, batch_size=BATCH), lambda: optax.adam(1e-2)
+    ),
+    "muon in z": Optimizer(
+        lambda: bnp_optax.in_zspace(_muon(), _bnp()),
+        lambda: _muon(),
+    ),
+    "zspace_grad_reg": Optimizer(
+        _regularized,
+        lambda: optax.chain(bnp_optax.gradient_regularization(0.01), optax.sgd(0.1)),
+        needs_grad_fn=True,
+    ),
+}
+
+
+def _muon() -> optax.GradientTransformation:
+    return in_auto_axes(optax.contrib.muon(1e-2))
+
+
+def in_auto_axes(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` with axes of explicit meshes left to the compiler.
+
+    Muon multiplies matrices along both of their axes, and says nothing of shardings.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+        names = {n for s in jax.tree.leaves(shardings) for n in s.spec if n is not None}
+        if not names:
+            return inner.update(updates, state, params)
+        automatic = jax.sharding.auto_axes(inner.update, out_sharding=shardings)
+        return automatic(updates, state, params)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def forward(params: Any, x: jax.Array, dense: Dense) -> jax.Array:
+    """The network, with `dense(i, layer, x)` for its layers."""
+    last = len(WIDTHS) - 2
+    for i in range(last):
+        x = jnp.tanh(dense(i, params[f"Dense_{i}"], x))
+    return dense(last, params[f"Dense_{last}"], x)
+
+
+def plain_dense(i: int, layer: Any, x: jax.Array) -> jax.Array:
+    """A dense layer."""
+    del i
+    return x @ layer["kernel"] + layer["bias"][None]
+
+
+def loss_of(dense: Dense = plain_dense) -> Loss:
+    """The mean squared error of the network."""
+    return lambda params, x, y: jnp.mean((forward(params, x, dense) - y) ** 2)
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def make_step(
+    method: Optimizer,
+    is_plain: bool,
+    loss: Loss,
+    average: Callable[[Any], Any] = _same,
+    average_grads: Callable[[Any], Any] = _same,
+) -> tuple[optax.GradientTransformationExtraArgs, Any]:
+    """The optimizer and a training step.
+
+    Args:
+      method: The optimizer.
+      is_plain: Whether to leave preconditioning out.
+      loss: `loss(params, x, y)`.
+      average: Averages statistics over devices.
+      average_grads: Averages gradients over devices.
+    """
+    tx = optax.with_extra_args_support(method.plain() if is_plain else method.make())
+
+    def step(carry: Any, x: jax.Array, y: jax.Array) -> Any:
+        params, state = carry
+        gradient = jax.grad(loss)
+        extra: dict[str, Any] = {}
+        if is_plain:
+            grads = gradient(params, x, y)
+        else:
+            _, grads, stats = bnp_optax.value_and_grad(loss)(params, x, y)
+            extra["layer_stats"] = average(stats)
+        if method.needs_grad_fn:
+            extra["grad_fn"] = lambda p: average_grads(gradient(p, x, y))
+        updates, state = tx.update(average_grads(grads), state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    return tx, step
+
+
+def one_device(method: Optimizer, is_plain: bool = False) -> Training:
+    """What all modes are compared with."""
+    tx, step = make_step(method, is_plain, loss_of())
+    params = jax.tree.map(jnp.asarray, initial())
+    return Training(jax.jit(step), (params, tx.init(params)))
+
+
+def mesh_of(names: tuple[str, ...], kind: AxisType = AUTO) -> Mesh:
+    """Eight devices along `data`, or two along `data` and four along `model`."""
+    shape = (2, DEVICES // 2) if len(names) == 2 else (DEVICES,)
+    devices = np.array(jax.devices()[:DEVICES]).reshape(shape)
+    return Mesh(devices, names, axis_types=(kind,) * len(names))
+
+
+def specs(layout: str) -> dict[str, dict[str, P]]:
+    """How the parameters are sharded.
+
+    Args:
+      layout: `'data'` for copies; `'fsdp'` along the first axis; `'columns'` and `'rows'` for the
+        outputs and the inputs of all kernels over `model`; `'megatron'` for columns and rows in
+        turn.
+    """
+
+    def of_layer(i: int) -> dict[str, P]:
+        columns = layout == "columns" or (layout == "megatron" and i == 0)
+        if layout == "fsdp":
+            return {"kernel": P("data", None), "bias": P("data")}
+        if columns:
+            return {"kernel": P(None, "model"), "bias": P("model")}
+        if layout == "rows" or (layout == "megatron" and i == 1):
+            return {"kernel": P("model", None), "bias": P(None)}
+        return {"kernel": P(None, None), "bias": P(None)}
+
+    return {f"Dense_{i}": of_layer(i) for i in range(len(WIDTHS) - 1)}
+
+
+def _shardings(mesh: Mesh, tree: Any) -> Any:
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, P)
+    )
+
+
+def by_compiler(layout: str, kind: AxisType, constrain: bool = False) -> Mode:
+    """`jax.jit` of sharded arrays: the compiler, or the types of explicit axes, do the rest."""
+
+    def mode(method: Optimizer, is_plain: bool = False) -> Training:
+        names = ("data",) if layout in ("data", "fsdp") else ("data", "model")
+        mesh = mesh_of(names, kind)
+
+        def dense(i: int, layer: Any, x: jax.Array) -> jax.Array:
+            kernel, bias = layer["kernel"], layer["bias"]
+            if constrain:
+                whole = NamedSharding(mesh, P())
+                kernel, bias = jax.lax.with_sharding_constraint((kernel, bias), whole)
+            if kind == AUTO:
+                return x @ kernel + bias[None]
+            if layout == "fsdp":
+                kernel, bias = reshard(kernel, P(None, None)), reshard(bias, P(None))
+            spec = specs(layout)[f"Dense_{i}"]["bias"] if layout != "fsdp" else P(None)
+            x = reshard(x, P("data", specs(layout)[f"Dense_{i}"]["kernel"][0])) if layout == "rows" else x
+            if layout == "columns":
+                x = reshard(x, P("data", None))
+            product = jnp.einsum("bi,io->bo", x, kernel, out_sharding=P("data", spec[0]))
+            return product + bias[None]
+
+        def context() -> Any:
+            return jax.set_mesh(mesh) if kind == EXPLICIT else contextlib.nullcontext()
+
+        with context():
+            tx, step = make_step(method, is_plain, loss_of(dense))
+            params = jax.device_put(initial(), _shardings(mesh, specs(layout)))
+            state = jax.jit(tx.init)(params) if kind == EXPLICIT else _sharded(tx, params, mesh, layout)
+            out = None if kind == EXPLICIT else jax.tree.map(lambda x: x.sharding, (params, state))
+            return Training(
+                jax.jit(step, out_shardings=out),
+                (params, state),
+                lambda a: jax.device_put(a, NamedSharding(mesh, P("data", None))),
+                context=context,
+            )
+
+    return mode
+
+
+def _sharded(tx: Any, params: Any, mesh: Mesh, layout: str) -> Any:
+    shardings = bnp_optax.state_sharding(tx, params, _shardings(mesh, specs(layout)))
+    return jax.jit(tx.init, out_shardings=shardings)(params)
+
+
+def by_shard_map(check_vma: bool) -> Mode:
+    """The whole step inside `jax.shard_map`, which sees one device's part of the batch."""
+    mean = functools.partial(jax.lax.pmean, axis_name="data")
+
+    def mode(method: Optimizer, is_plain: bool = False) -> Training:
+        loss = loss_of()
+        if check_vma:
+            # A derivative by what is the same on all devices is summed over them by JAX.
+            tx, step = make_step(method, is_plain, lambda *args: mean(loss(*args)), mean)
+        else:
+            tx, step = make_step(method, is_plain, loss, mean, mean)
+        sharded = jax.shard_map(
+            step,
+            mesh=mesh_of(("data",)),
+            in_specs=(P(), P("data"), P("data")),
+            out_specs=P(),
+            check_vma=check_vma,
+        )
+        params = jax.tree.map(jnp.asarray, initial())
+        return Training(jax.jit(sharded), (params, tx.init(params)))
+
+    return mode
+
+
+def by_pmap(method: Optimizer, is_plain: bool = False) -> Training:
+    """`jax.pmap`, with a copy of parameters and state on each device."""
+    mean = functools.partial(jax.lax.pmean, axis_name="data")
+    tx, step = make_step(method, is_plain, loss_of(), mean, mean)
+    params = jax.tree.map(jnp.asarray, initial())
+    copies = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (DEVICES, *x.shape)), (params, tx.init(params))
+    )
+    return Training(
+        jax.pmap(step, axis_name="data"),
+        copies,
+        lambda a: jnp.reshape(a, (DEVICES, -1, a.shape[-1])),
+        lambda carry: jax.tree.map(lambda x: x[0], carry[0]),
+    )
+
+
+def with_psum_before_bias(method: Optimizer, is_plain: bool = False) -> Training:
+    """Megatron's layers: a `shard_map` in the loss, and a `psum` between rows and bias."""
+    mesh = mesh_of(("data", "model"))
+    layout = specs("megatron")
+
+    def local(params: Any, x: jax.Array) -> jax.Array:
+        def dense(i: int, layer: Any, x: jax.Array) -> jax.Array:
+            product = x @ layer["kernel"]
+            if i == 1:
+                product = jax.lax.psum(product, "model")
+            return product + layer["bias"][None]
+
+        return forward(params, x, dense)
+
+    outputs = jax.shard_map(
+        local, mesh=mesh, in_specs=(layout, P("data", None)), out_specs=P("data", None)
+    )
+    tx, step = make_step(
+        method, is_plain, lambda params, x, y: jnp.mean((outputs(params, x) - y) ** 2)
+    )
+    params = jax.device_put(initial(), _shardings(mesh, layout))
+    state = _sharded(tx, params, mesh, "megatron")
+    out = jax.tree.map(lambda x: x.sharding, (params, state))
+    return Training(
+        jax.jit(step, out_shardings=out),
+        (params, state),
+        lambda a: jax.device_put(a, NamedSharding(mesh, P("data", None))),
+    )
+
+
+class Linen(nn.Module):
+    """The network in Linen, with boxed parameters.
+
+    Attributes:
+      box: `nn.with_partitioning` or `nn.with_logical_partitioning`.
+      axis: Name of the axis that kernels are sharded along, one after the other in turn.
+    """
+
+    box: Any
+    axis: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Outputs."""
+        kernel_init, bias_init = nn.initializers.lecun_normal(), nn.initializers.zeros
+        names = ((None, self.axis), (self.axis, None), (None, None))
+        for i, (kernel, width) in enumerate(zip(names, WIDTHS[1:], strict=True)):
+            layer = nn.Dense(
+                width,
+                kernel_init=self.box(kernel_init, kernel),
+                bias_init=self.box(bias_init, kernel[1:]),
+            )
+            x = layer(x) if i == len(names) - 1 else jnp.tanh(layer(x))
+        return x
+
+
+def by_linen(is_logical: bool) -> Mode:
+    """Flax's flow: boxes in the parameters, and shardings read off the abstract state."""
+    model = Linen(
+        nn.with_logical_partitioning if is_logical else nn.with_partitioning,
+        "features" if is_logical else "model",
+    )
+
+    def mode(method: Optimizer, is_plain: bool = False) -> Training:
+        mesh = mesh_of(("data", "model"))
+
+        @contextlib.contextmanager
+        def context() -> Any:
+            with mesh, nn.logical_axis_rules(RULES):
+                yield
+
+        def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+            return jnp.mean((model.apply({"params": params}, x) - y) ** 2)
+
+        tx, step = make_step(method, is_plain, loss)
+
+        def init() -> Any:
+            boxed = model.init(jax.random.key(0), jnp.ones((1, WIDTHS[0])))["params"]
+            params = jax.tree.unflatten(jax.tree.structure(boxed), jax.tree.leaves(initial()))
+            return params, tx.init(params)
+
+        with context():
+            found = nn.get_partition_spec(jax.eval_shape(init))
+            shardings = nn.logical_to_mesh_sharding(found, mesh, RULES)
+            carry = jax.jit(init, out_shardings=shardings)()
+        return Training(
+            jax.jit(step, out_shardings=shardings),
+            carry,
+            lambda a: jax.device_put(a, NamedSharding(mesh, P("data", None))),
+            context=context,
+        )
+
+    return mode
+
+
+class NNX(nnx.Module):
+    """The network in NNX, with axis names at its variables."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        """Variables."""
+        names = ((None, "model"), ("model", None), (None, None))
+        kernel_init, bias_init = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
+        for i, (kernel, n, m) in enumerate(zip(names, WIDTHS, WIDTHS[1:], strict=False)):
+            layer = nnx.Linear(
+                n,
+                m,
+                kernel_init=nnx.with_partitioning(kernel_init, kernel),
+                bias_init=nnx.with_partitioning(bias_init, kernel[1:]),
+                rngs=rngs,
+            )
+            setattr(self, f"Dense_{i}", layer)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Outputs."""
+        last = len(WIDTHS) - 2
+        for i in range(last):
+            x = jnp.tanh(getattr(self, f"Dense_{i}")(x))
+        return getattr(self, f"Dense_{last}")(x)
+
+
+def by_nnx(method: Optimizer, is_plain: bool = False) -> Training:
+    """`nnx.Optimizer` made under `jax.set_mesh`."""
+    mesh = mesh_of(("data", "model"))
+    tx = optax.with_extra_args_support(method.plain() if is_plain else method.make())
+
+    def loss(model: NNX, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.mean((model(x) - y) ** 2)
+
+    with jax.set_mesh(mesh):
+        model = NNX(nnx.Rngs(0))
+        values = jax.tree.leaves(initial())
+        state = nnx.state(model, nnx.Param)
+        nnx.update(model, jax.tree.unflatten(jax.tree.structure(state), values))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: NNX, optimizer: Any, x: jax.Array, y: jax.Array) -> None:
+        extra: dict[str, Any] = {}
+        if is_plain:
+            grads = nnx.grad(loss)(model, x, y)
+        else:
+            _, grads, extra["layer_stats"] = bnp_optax.flax_nnx.value_and_grad(loss)(model, x, y)
+        if method.needs_grad_fn:
+            graph, _, rest = nnx.split(model, nnx.Param, ...)
+            extra["grad_fn"] = jax.grad(lambda p: loss(nnx.merge(graph, p, rest), x, y))
+        optimizer.update(model, grads, **extra)
+
+    def stepped(carry: Any, x: jax.Array, y: jax.Array) -> Any:
+        step(*carry, x, y)
+        return carry
+
+    return Training(
+        stepped,
+        (model, optimizer),
+        lambda a: jax.device_put(a, NamedSharding(mesh, P("data", None))),
+        lambda carry: nnx.state(carry[0], nnx.Param),
+        lambda: jax.set_mesh(mesh),
+    )
+
+
+MODES: dict[str, Mode] = {
+    "auto, data": by_compiler("data", AUTO),
+    "auto, FSDP": by_compiler("fsdp", AUTO),
+    "auto, columns": by_compiler("columns", AUTO),
+    "auto, rows": by_compiler("rows", AUTO),
+    "auto, constraint in the loss": by_compiler("fsdp", AUTO, constrain=True),
+    "explicit, data": by_compiler("data", EXPLICIT),
+    "explicit, FSDP": by_compiler("fsdp", EXPLICIT),
+    "explicit, columns": by_compiler("columns", EXPLICIT),
+    "explicit, rows": by_compiler("rows", EXPLICIT),
+    "shard_map": by_shard_map(check_vma=True),
+    "shard_map, check_vma=False": by_shard_map(check_vma=False),
+    "shard_map, psum before bias": with_psum_before_bias,
+    "pmap": by_pmap,
+    "Linen, Partitioned": by_linen(is_logical=False),
+    "Linen, logical rules": by_linen(is_logical=True),
+    "NNX, with_partitioning": by_nnx,
+}
+
+
+def train(training: Training) -> Any:
+    """The parameters after all steps, as leaves."""
+    carry = training.carry
+    with training.context():
+        for x, y in zip(*batches(), strict=True):
+            carry = training.step(carry, training.place(x), training.place(y))
+    training.carry = carry
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(training.params(carry))]
+
+
+@functools.cache
+def reference(name: str) -> Any:
+    """The parameters that one device ends with."""
+    return train(one_device(OPTIMIZERS[name]))
+
+
+def error(found: Any, expected: Any) -> float:
+    """The largest difference, relative to the largest entry of the parameter."""
+    return max(
+        float(np.max(np.abs(a.astype(np.float64) - b)) / np.max(np.abs(b)))
+        for a, b in zip(found, expected, strict=True)
+    )
