@@ -16,11 +16,13 @@ A `Measure` of groups has them along the leading axis; `count` has size 1 there 
 have equally many rows.
 """
 
-from collections.abc import Callable, Mapping
+import collections
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
 from bnp_optax.capture import views
 from bnp_optax.capture.views import Measure
@@ -54,34 +56,47 @@ def union(measures: list[Measure]) -> Measure:
 
 def joined(measures: Mapping[str, Measure]) -> dict[str, Measure]:
     """The statistics of all rows, without the axis of groups."""
-    many = {name: measure for name, measure in measures.items() if len(measure.mean) > 1}
-    firsts = {name: _first(measure) for name, measure in many.items()}
-    if many:
-        # No second sum before all first ones, so that the compiler can make one sum of each.
-        firsts = lax.optimization_barrier(firsts)
-    return {
-        name: _second(measure, firsts[name]) if name in many else measure.map(lambda x: x[0])
-        for name, measure in measures.items()
-    }
+    result = {name: measure.map(lambda x: x[0]) for name, measure in measures.items()}
+    alike = collections.defaultdict(list)
+    for name, measure in measures.items():
+        if len(measure.mean) > 1:
+            alike[len(measure.mean), len(measure.count)].append(name)
+    for names in alike.values():
+        result |= dict(zip(names, _joined([measures[name] for name in names]), strict=True))
+    return result
 
 
-def _first(measure: Measure) -> Measure:
-    n_groups = len(measure.mean) // len(measure.count)
-    return Measure(
-        _mean(measure.mean, measure.count),
-        _mean(measure.var, measure.count),
-        n_groups * jnp.sum(measure.count, axis=0),
-    )
+def _joined(measures: list[Measure]) -> list[Measure]:
+    """The statistics of all rows in measurements of as many groups, by two sums for all of them.
 
+    They are laid side by side. Left to itself, XLA merges sums over devices as long as none waits
+    for another, in the order that it meets them in, and of each layer there one waits.
+    """
+    shapes = [measure.mean.shape[1:] for measure in measures]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
 
-def _second(measure: Measure, first: Measure) -> Measure:
-    between = _mean((measure.mean - first.mean) ** 2, measure.count)
-    return Measure(first.mean, first.var + between, first.count)
+    def beside(arrays: Iterable[jax.Array]) -> jax.Array:
+        flat = [
+            jnp.broadcast_to(x, (len(x), *shape)).reshape(len(x), -1)
+            for x, shape in zip(arrays, shapes, strict=True)
+        ]
+        return jnp.concatenate(flat, axis=1)
 
+    def apart(x: jax.Array) -> list[jax.Array]:
+        parts = jnp.split(x, ends)
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-def _mean(x: jax.Array, count: jax.Array) -> jax.Array:
-    """The mean over groups of `count` rows each, by sums that do not wait for one another."""
-    if len(count) == 1:
-        return jnp.mean(x, axis=0)
-    total = jnp.sum(count, axis=0)
-    return jnp.sum(count * x, axis=0) / jnp.where(total > 0.0, total, 1.0)
+    mean, var = beside(m.mean for m in measures), beside(m.var for m in measures)
+    if len(measures[0].count) == 1:
+        common = jnp.mean(mean, axis=0)
+        var = jnp.mean(var + (mean - common) ** 2, axis=0)
+        counts = [len(m.mean) * m.count[0] for m in measures]
+    else:
+        count = beside(m.count for m in measures)
+        # The total is divided by after the sum, which need not wait for it.
+        total = jnp.sum(count, axis=0)
+        divisor = jnp.where(total > 0.0, total, 1.0)
+        common = jnp.sum(count * mean, axis=0) / divisor
+        var = jnp.sum(count * (var + (mean - common) ** 2), axis=0) / divisor
+        counts = apart(total)
+    return list(map(Measure, apart(common), apart(var), counts))
