@@ -73,7 +73,7 @@ def _joined(measures: list[Measure]) -> list[Measure]:
     for another, in the order that it meets them in, and of each layer there one waits.
     """
     shapes = [measure.mean.shape[1:] for measure in measures]
-    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    sizes = [math.prod(shape) for shape in shapes]
 
     def beside(arrays: Iterable[jax.Array]) -> jax.Array:
         flat = [
@@ -82,21 +82,27 @@ def _joined(measures: list[Measure]) -> list[Measure]:
         ]
         return jnp.concatenate(flat, axis=1)
 
-    def apart(x: jax.Array) -> list[jax.Array]:
-        parts = jnp.split(x, ends)
-        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    def total(x: jax.Array) -> jax.Array:
+        return jnp.sum(x, axis=0, keepdims=True)
 
     mean, var = beside(m.mean for m in measures), beside(m.var for m in measures)
     if len(measures[0].count) == 1:
-        common = jnp.mean(mean, axis=0)
-        var = jnp.mean(var + (mean - common) ** 2, axis=0)
-        counts = [len(m.mean) * m.count[0] for m in measures]
+        common = total(mean) / len(mean)
+        whole = [common, total(var + (mean - common) ** 2) / len(mean)]
     else:
         count = beside(m.count for m in measures)
-        # The total is divided by after the sum, which need not wait for it.
-        total = jnp.sum(count, axis=0)
-        divisor = jnp.where(total > 0.0, total, 1.0)
-        common = jnp.sum(count * mean, axis=0) / divisor
-        var = jnp.sum(count * (var + (mean - common) ** 2), axis=0) / divisor
-        counts = apart(total)
-    return list(map(Measure, apart(common), apart(var), counts))
+        n_rows = total(count)
+        # The sum is divided, and not its terms, so that it need not wait for the total.
+        divisor = jnp.where(n_rows > 0.0, n_rows, 1.0)
+        common = total(count * mean) / divisor
+        whole = [common, total(count * (var + (mean - common) ** 2)) / divisor, n_rows]
+    whole = jnp.concatenate(whole)
+    result = []
+    for measure, size, start in zip(measures, sizes, np.cumsum([0, *sizes]), strict=False):
+        # By a gather and no slice, through which the compiler would propagate that a kernel is
+        # sharded, and move pieces of the row between devices.
+        at = int(start) + jnp.arange(size)
+        fields = jnp.take(whole, at, axis=1, mode="clip").reshape(-1, *measure.mean.shape[1:])
+        equal = () if len(fields) == 3 else (len(measure.mean) * measure.count[0],)
+        result.append(Measure(*fields, *equal))
+    return result

@@ -237,6 +237,8 @@ def _by_group(
     n_rows = math.prod(sizes)
     flat = None if weights is None else _fitted(weights, sizes).ravel().astype(jnp.float32)
     groups = _common(groups, sizes)
+    if n_chosen is not None and n_chosen < groups:
+        groups = math.gcd(groups, n_chosen)
     chosen = None
     if n_chosen is not None and -(-n_chosen // groups) * groups < n_rows:
         chosen = _sample(n_rows, -(-n_chosen // groups) * groups).reshape(groups, -1)
