@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnp_optax._tree import named_leaves, split_arrays
-from bnp_optax.capture import interpreter, views
+from bnp_optax.capture import groups, interpreter, views
 from bnp_optax.capture.derivatives import without_derivatives
 from bnp_optax.capture.facts import Context, Input
 from bnp_optax.capture.jaxprs import Liveness, Numbers
@@ -272,10 +272,10 @@ def measure(
     """The outputs of the loss's jaxpr, and measurements of the kernels `chosen`."""
     wanted = [use for name in chosen for use in found.kernels[name].uses]
     outputs, measures = interpreter.evaluate(found.trace, wanted, args, weights)
-
-    return outputs, {
-        name: views.union([measures[use] for use in found.kernels[name].uses]) for name in chosen
+    by_name = {
+        name: groups.union([measures[use] for use in found.kernels[name].uses]) for name in chosen
     }
+    return outputs, groups.joined(by_name)
 
 
 def statistics(found: Covered, measures: Mapping[str, views.Measure]) -> dict[str, LayerStats]:
@@ -284,12 +284,7 @@ def statistics(found: Covered, measures: Mapping[str, views.Measure]) -> dict[st
     for name, measure in measures.items():
         layer = found.kernels[name].layer
         mean, var = (jnp.broadcast_to(x, layer.stats_shape) for x in (measure.mean, measure.var))
-        stats = LayerStats.of_batch(mean, var, jnp.max(measure.count), layer)
-        if measure.sq_mean is not None:
-            stats = dataclasses.replace(
-                stats, sq_mean=jnp.broadcast_to(measure.sq_mean, layer.stats_shape)
-            )
-        result[name] = stats
+        result[name] = LayerStats.of_batch(mean, var, jnp.max(measure.count), layer)
     return result
 
 

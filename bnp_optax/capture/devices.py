@@ -1,10 +1,14 @@
-"""What equations inside `shard_map` do across devices.
+"""What equations inside `shard_map` do across devices, and over how many devices rows may lie.
 
 Their primitives have no public names, and some have had several, so they are known by name.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
+
+import jax
+from jax.sharding import AxisType
 
 # Sums over devices, which leave a product as it is, but for what it is a sum over.
 _SUMS = {"psum", "psum2", "psum_invariant", "reduce_scatter"}
@@ -46,3 +50,14 @@ def mesh_axes(spec: Any) -> Sequence[str]:
 def dimension_axes(names: Any) -> Sequence[str]:
     """The mesh axes that one entry of a `PartitionSpec` names."""
     return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def n_shards() -> int:
+    """Over how many devices the compiler may spread rows, for all that is known when tracing.
+
+    All devices, less those that `shard_map` has spread them over already.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    manual = math.prod(size for size, kind in sizes if kind is AxisType.Manual)
+    return max(jax.device_count() // manual, 1)

@@ -17,8 +17,8 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jax.extend.core import primitives as prims
 from jax.sharding import PartitionSpec, Sharding
 
-from bnp_optax.capture import views
-from bnp_optax.capture.devices import dimension_axes
+from bnp_optax.capture import groups, views
+from bnp_optax.capture.devices import dimension_axes, n_shards
 from bnp_optax.capture.jaxprs import is_remat, scan_counts
 from bnp_optax.capture.moments import Weights
 from bnp_optax.capture.uses import Trace, Use
@@ -32,7 +32,8 @@ def evaluate(
 ) -> tuple[list[Any], dict[Use, Measure]]:
     """The outputs of a jaxpr, and the measurements `wanted`, in their parameters' layouts.
 
-    Rows of inputs count by their `weights`, all alike if that is None.
+    Measurements have a leading axis of groups of rows (see `groups`). Rows of inputs count by
+    their `weights`, all alike if that is None.
 
     Equations are left to JAX, all but the calls that something is measured in. These are called
     again with the same options, as functions that return the measurements too.
@@ -62,24 +63,30 @@ def evaluate(
             env.update(zip(eqn.outvars, outs, strict=True))
             for use in by_equation[stop]:
                 if use.inner is not None:
-                    measures[use] = use.piece.pull(found[use.inner], read)
+                    measures[use] = _pulled(use, found[use.inner], read)
         start = stop + 1
     for use in wanted:
         if use.inner is None:
             # One product may hold several parameters; their measurement is one to the compiler.
-            measures[use] = use.piece.pull(_measured(use, read(use.inputs), weights), read)
+            measures[use] = _pulled(use, _measured(use, read(use.inputs), weights), read)
     return [read(atom) for atom in jaxpr.outvars], measures
 
 
 def _measured(use: Use, inputs: jax.Array, weights: Weights) -> Measure:
     try:
-        mean, var, share = use.product.measure(lax.stop_gradient(inputs), weights)
+        inputs = lax.stop_gradient(inputs)
+        mean, var, share = use.product.measure(inputs, weights, n_shards())
     except ValueError as error:
         error.add_note(f"This happened at the inputs of `{use.name}`.")
         raise
     # The number of rows may be symbolic, as in `jax.export`.
-    count = jnp.asarray(use.product.count).astype(jnp.float32) * share
-    return Measure(mean, var, None, jnp.reshape(count, (1,) * mean.ndim))
+    count = jnp.asarray(use.product.count).astype(jnp.float32) / len(mean)
+    count = count if weights is None else count * share
+    return Measure(mean, var, jnp.reshape(count, (-1,) + (1,) * (mean.ndim - 1)))
+
+
+def _pulled(use: Use, measure: Measure, read: views.Read) -> Measure:
+    return groups.each(lambda group: use.piece.pull(group, read), measure)
 
 
 def _last_use(trace: Trace, wanted: Collection[Use]) -> dict[Any, int]:
@@ -217,6 +224,8 @@ def _scan(
         if use.root < n_consts + n_carry:
             # One parameter for all steps: they are so many calls.
             measure = views.average(measure, (0,)).map(lambda x: jnp.squeeze(x, 0))
+        else:
+            measure = measure.map(lambda x: jnp.swapaxes(x, 0, 1))
         found.append(measure)
     return [*carry, *ys], found
 
@@ -270,7 +279,7 @@ def _shard_map(
 
     def local(*args: Any) -> tuple[list[Any], Measures]:
         outs, found = function(*args)
-        return outs, [measure.map(lambda x: x[None]) for measure in found]
+        return outs, [views.average(measure, (0,)) for measure in found]
 
     specs = (list(params["out_specs"]), PartitionSpec(axes))
     outs, gathered = jax.shard_map(
@@ -299,7 +308,7 @@ def _shard_map(
 def _joined(
     measure: Measure, sizes: dict[str, int], along: dict[str, int], copied: dict[str, bool]
 ) -> Measure:
-    """One measurement from those of all devices, stacked along the leading axis.
+    """The devices' measurements, stacked along the leading axis, as those of groups of rows.
 
     Args:
       measure: The stacked measurements.
@@ -316,8 +325,7 @@ def _joined(
         measure = measure.map(merge)
     # Rows that several devices have measured count once.
     copies = math.prod(n for name, n in sizes.items() if copied[name] and name not in along)
-    measure = views.average(measure, tuple(range(n_axes)))
-    measure = measure.map(lambda x: jnp.squeeze(x, tuple(range(n_axes))))
+    measure = measure.map(lambda x: x.reshape(-1, *x.shape[n_axes:]))
     return dataclasses.replace(measure, count=measure.count / copies)
 
 

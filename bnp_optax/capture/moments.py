@@ -9,7 +9,7 @@ axis 1 meets none, and the rows run over input axis 0: mean and variance have th
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,7 +19,10 @@ import numpy as np
 ConvStatistics = Literal["channel", "patch"]
 # Weights of the rows, or None where all rows count alike.
 Weights = jax.Array | None
-# Mean, variance, and the share of all rows that the weights leave: 1 without weights.
+# Axes of an array.
+Axes = tuple[int, ...]
+# Mean, variance, and the share of all rows that the weights leave: 1 without weights. All with a
+# leading axis of groups of rows.
 Moments = tuple[jax.Array, jax.Array, Any]
 
 # Sums of fewer float32 numbers keep their digits in any order.
@@ -41,16 +44,16 @@ class Options:
     embeddings: bool = False
 
 
-@functools.partial(jax.jit, static_argnames=("axis_of", "options"))
+@functools.partial(jax.jit, static_argnames=("axis_of", "groups", "options"))
 def contraction(
-    x: jax.Array, axis_of: Sequence[int | None], weights: Weights, options: Options
+    x: jax.Array, axis_of: Sequence[int | None], weights: Weights, groups: int, options: Options
 ) -> Moments:
     """Moments of `x` for a kernel whose axis i meets the axis `axis_of[i]` of `x`, or none."""
     met = [axis for axis in axis_of if axis is not None]
     rows = tuple(axis for axis in range(x.ndim) if axis not in met)
-    order = [sorted(met).index(axis) for axis in met]
-    absent = tuple(i for i, axis in enumerate(axis_of) if axis is None)
-    mean, var, share = _moments(x, rows, weights, options.sample_rows)
+    order = [0, *(1 + sorted(met).index(axis) for axis in met)]
+    absent = tuple(1 + i for i, axis in enumerate(axis_of) if axis is None)
+    mean, var, share = _moments(x, rows, weights, groups, options.sample_rows)
     mean, var = (jnp.expand_dims(jnp.transpose(stat, order), absent) for stat in (mean, var))
     return mean, var, share
 
@@ -84,9 +87,17 @@ class Window:
         return (at[:, :, None] == inputs[None, None, :]).sum(axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("features", "groups", "window", "options"))
+@functools.partial(
+    jax.jit, static_argnames=("features", "groups", "window", "row_groups", "options")
+)
 def convolution(
-    x: jax.Array, features: int, groups: int, window: Window, weights: Weights, options: Options
+    x: jax.Array,
+    features: int,
+    groups: int,
+    window: Window,
+    weights: Weights,
+    row_groups: int,
+    options: Options,
 ) -> Moments:
     """Moments of a map `x` (batch, *spatial, channels) for a kernel (*spatial, in, features).
 
@@ -95,10 +106,11 @@ def convolution(
     the shape (*spatial, in, 1). With groups, the last axis has one entry for each feature.
     """
     if options.conv_statistics == "patch":
-        mean, var, share = _patch_moments(x, window, weights, options.sample_rows)
+        mean, var, share = _patch_moments(x, window, weights, row_groups, options.sample_rows)
     else:
-        mean, var, share = _moments(x, tuple(range(x.ndim - 1)), weights, options.sample_rows)
-        mean, var = (stat.reshape((1,) * (x.ndim - 2) + stat.shape) for stat in (mean, var))
+        axes = tuple(range(x.ndim - 1))
+        mean, var, share = _moments(x, axes, weights, row_groups, options.sample_rows)
+        mean, var = (jnp.expand_dims(stat, tuple(range(1, x.ndim - 1))) for stat in (mean, var))
 
     def by_group(stat: jax.Array) -> jax.Array:
         # Output channels come group by group, and each meets the input channels of its group.
@@ -111,22 +123,54 @@ def convolution(
 
 
 def lookup(
-    indices: jax.Array, n_rows: int, n_features: int, weights: Weights, options: Options
+    indices: jax.Array,
+    n_rows: int,
+    n_features: int,
+    weights: Weights,
+    groups: int,
+    options: Options,
 ) -> Moments:
     """Moments of one-hot vectors at `indices`, for a table (n_rows, *features).
 
     The mean of a one-hot input is the frequency f of its row, its variance f (1 - f).
     """
+
+    def of_rows(rows: jax.Array, _: Axes, shares: Weights) -> tuple[jax.Array, jax.Array]:
+        shares = jnp.full(rows.size, 1.0 / max(rows.size, 1)) if shares is None else shares
+        frequency = jnp.zeros(n_rows, jnp.float32).at[rows.ravel()].add(shares, mode="drop")
+        frequency = frequency.reshape(n_rows, *(1,) * n_features)
+        return frequency, frequency * (1.0 - frequency)
+
     axes = tuple(range(indices.ndim))
-    rows, _, shares, share = _rows(indices, axes, weights, options.sample_rows)
-    shares = jnp.full(rows.size, 1.0 / max(rows.size, 1)) if shares is None else shares
-    frequency = jnp.zeros(n_rows, jnp.float32).at[rows.ravel()].add(shares, mode="drop")
-    frequency = frequency.reshape(n_rows, *(1,) * n_features)
-    return frequency, frequency * (1.0 - frequency), share
+    return _by_group(of_rows, indices, axes, weights, groups, options.sample_rows)
+
+
+def _moments(
+    x: jax.Array, axes: Axes, weights: Weights, groups: int, sample_rows: int | None
+) -> Moments:
+    """Mean and biased variance over `axes`, in two passes.
+
+    The variance is summed from differences to the mean, which are of the size of the spread.
+    """
+
+    def of_rows(rows: jax.Array, axes: Axes, shares: Weights) -> tuple[jax.Array, jax.Array]:
+        rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+        if any(rows.shape[axis] == 0 for axis in axes):
+            mean = var = jnp.zeros([n for axis, n in enumerate(rows.shape) if axis not in axes])
+        elif shares is None:
+            mean = _mean(rows, axes)
+            var = jnp.squeeze(_mean((rows - mean) ** 2, axes), axes)
+            mean = jnp.squeeze(mean, axes)
+        else:
+            mean = _weighted_sum(shares, rows)
+            var = _weighted_sum(shares, (rows - mean[None]) ** 2)
+        return mean.astype(jnp.float32), var.astype(jnp.float32)
+
+    return _by_group(of_rows, x, axes, weights, groups, sample_rows)
 
 
 def _patch_moments(
-    x: jax.Array, window: Window, weights: Weights, sample_rows: int | None
+    x: jax.Array, window: Window, weights: Weights, groups: int, sample_rows: int | None
 ) -> Moments:
     """Mean and variance of what each kernel entry meets, zeros of the padding included.
 
@@ -134,38 +178,91 @@ def _patch_moments(
     is first averaged over the batch, about the channels' means so that no digits are lost; then
     each spatial axis is summed by a small matrix of zeros and ones. No patch is formed.
     """
-    spatial = range(len(window.sizes))
     n_examples = None if sample_rows is None else max(sample_rows // math.prod(x.shape[1:-1]), 1)
-    x, _, shares, share = _rows(x, (0,), weights, n_examples)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    shares = jnp.full(x.shape[0], 1.0 / max(x.shape[0], 1)) if shares is None else shares
-    center = jnp.einsum("b,b...->...", shares, jnp.mean(x, axis=tuple(range(1, x.ndim - 1))))
-    y = x - center.reshape((1,) * (x.ndim - 1) + center.shape)
+    spatial = range(len(window.sizes))
     meetings = [window.meetings(axis, x.shape[1 + axis]) for axis in spatial]
-    inside = np.ones(())
+    met = np.ones(())
     for meeting in meetings:
-        inside = np.multiply.outer(inside, meeting.sum(axis=1))
+        met = np.multiply.outer(met, meeting.sum(axis=1))
     n_outputs = math.prod(window.outputs)
-    inside = jnp.asarray((inside / n_outputs)[..., None], jnp.float32)
+    inside = jnp.asarray((met / n_outputs)[..., None], jnp.float32)
 
-    def reached(powers: jax.Array) -> jax.Array:
-        """The average over the batch, summed over the positions that each entry meets."""
-        total = jnp.einsum("b,b...->...", shares, powers, precision="highest") / n_outputs
-        for axis in spatial:
-            rows = jnp.asarray(meetings[axis], total.dtype)
-            summed = jnp.tensordot(rows, total, (1, axis), precision="highest")
-            total = jnp.moveaxis(summed, 0, axis)
-        return total
+    def of_rows(x: jax.Array, _: Axes, shares: Weights) -> tuple[jax.Array, jax.Array]:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        of_row = jnp.full(x.shape[0], 1.0 / max(x.shape[0], 1)) if shares is None else shares
+        center = jnp.einsum("b,b...->...", of_row, jnp.mean(x, axis=tuple(range(1, x.ndim - 1))))
+        y = x - center.reshape((1,) * (x.ndim - 1) + center.shape)
 
-    first, second = reached(y), reached(y**2)
-    # Below, `center` and so on have the shape (*sizes, channels).
-    center = jnp.broadcast_to(center.reshape((1,) * len(window.sizes) + center.shape), first.shape)
-    mean = inside * center + first
-    # Entries of the padding are 0, at a distance `mean` from the mean.
-    shift = center - mean
-    var = second + 2 * shift * first + inside * shift**2 + (1 - inside) * mean**2
-    var = jnp.maximum(var, 0.0)
-    return mean.astype(jnp.float32), var.astype(jnp.float32), share
+        def reached(powers: jax.Array) -> jax.Array:
+            """The average over the batch, summed over the positions that each entry meets."""
+            total = jnp.einsum("b,b...->...", of_row, powers, precision="highest") / n_outputs
+            for axis in spatial:
+                rows = jnp.asarray(meetings[axis], total.dtype)
+                summed = jnp.tensordot(rows, total, (1, axis), precision="highest")
+                total = jnp.moveaxis(summed, 0, axis)
+            return total
+
+        first, second = reached(y), reached(y**2)
+        # Below, `center` and so on have the shape (*sizes, channels).
+        center = center.reshape((1,) * len(window.sizes) + center.shape)
+        center = jnp.broadcast_to(center, first.shape)
+        mean = inside * center + first
+        # Entries of the padding are 0, at a distance `mean` from the mean.
+        shift = center - mean
+        var = second + 2 * shift * first + inside * shift**2 + (1 - inside) * mean**2
+        return mean.astype(jnp.float32), jnp.maximum(var, 0.0).astype(jnp.float32)
+
+    return _by_group(of_rows, x, (0,), weights, groups, n_examples)
+
+
+def _by_group(
+    of_rows: Callable[[jax.Array, Axes, Weights], tuple[jax.Array, jax.Array]],
+    x: jax.Array,
+    axes: Axes,
+    weights: Weights,
+    groups: int,
+    n_chosen: int | None,
+) -> Moments:
+    """Moments of each group of rows, as `of_rows(rows, axes, shares)` computes them.
+
+    Args:
+      of_rows: Mean and variance over the `axes` of `rows`, whose shares sum to 1 or are equal.
+      x: The inputs.
+      axes: Those that the rows run over, in order; the first is cut into groups.
+      weights: Of the rows.
+      groups: How many groups there are at most; the largest common divisor is taken.
+      n_chosen: The number of rows to look at, rounded up to as many in each group; None for all.
+    """
+    sizes = tuple(x.shape[axis] for axis in axes)
+    n_rows = math.prod(sizes)
+    flat = None if weights is None else _fitted(weights, sizes).ravel().astype(jnp.float32)
+    groups = _common(groups, sizes)
+    if n_chosen is not None and n_chosen < groups:
+        groups = math.gcd(groups, n_chosen)
+    chosen = None
+    if n_chosen is not None and -(-n_chosen // groups) * groups < n_rows:
+        chosen = _sample(n_rows, -(-n_chosen // groups) * groups).reshape(groups, -1)
+        chosen = chosen - n_rows // groups * np.arange(groups)[:, None]
+
+    def of_group(x: jax.Array, flat: Weights, chosen: Any) -> Moments:
+        rows, axes_of_rows, shares, share = _rows(x, axes, flat, chosen)
+        return *of_rows(rows, axes_of_rows, shares), share
+
+    if groups == 1:
+        one = of_group(x, flat, None if chosen is None else chosen[0])
+        return jax.tree.map(lambda stat: jnp.asarray(stat)[None], one)
+    first = axes[0]
+    x = x.reshape(*x.shape[:first], groups, -1, *x.shape[first + 1 :])
+    flat = None if flat is None else flat.reshape(groups, -1)
+    chosen = None if chosen is None else jnp.asarray(chosen)
+    return jax.vmap(of_group, in_axes=(first, 0, 0))(x, flat, chosen)
+
+
+def _common(groups: int, sizes: Sequence[Any]) -> int:
+    """The largest number of equal groups that an axis of the first of `sizes` has in common."""
+    # The size may be symbolic, as in `jax.export`, and no rows are one group of none.
+    is_cut = bool(sizes) and isinstance(sizes[0], int) and 0 not in sizes
+    return math.gcd(groups, sizes[0]) if is_cut else 1
 
 
 def _sample(n_rows: int, n_chosen: int) -> np.ndarray:
@@ -180,32 +277,34 @@ def _sample(n_rows: int, n_chosen: int) -> np.ndarray:
 
 
 def _rows(
-    x: jax.Array, axes: tuple[int, ...], weights: Weights, n_chosen: int | None
-) -> tuple[jax.Array, tuple[int, ...], Weights, Any]:
+    x: jax.Array, axes: Axes, weights: Weights, chosen: Any
+) -> tuple[jax.Array, Axes, Weights, Any]:
     """The rows of `x`, which run over `axes`, that statistics are taken from.
+
+    Args:
+      x: The inputs.
+      axes: Those that the rows run over.
+      weights: Of all rows, in one axis; None where they count alike.
+      chosen: Numbers of the rows to take, None for all.
 
     Returns:
       The rows; the axes that they run over; their shares, which sum to 1, or None where all are
       equal; and the mean weight of all rows, 1 without weights.
     """
-    sizes = tuple(x.shape[axis] for axis in axes)
-    n_rows = math.prod(sizes)
-    sampled = n_chosen is not None and n_chosen < n_rows
-    if weights is None and not sampled:
+    if weights is None and chosen is None:
         return x, axes, None, 1.0
+    n_rows = math.prod(x.shape[axis] for axis in axes)
     rest = tuple(axis for axis in range(x.ndim) if axis not in axes)
     rows = jnp.transpose(x, (*axes, *rest)).reshape(n_rows, *(x.shape[axis] for axis in rest))
-    flat = None if weights is None else _fitted(weights, sizes).ravel().astype(jnp.float32)
-    share = 1.0 if flat is None else jnp.sum(flat) / max(n_rows, 1)
-    if n_chosen is not None and sampled:
-        chosen = _sample(n_rows, n_chosen)
-        rows, flat = rows[chosen], None if flat is None else flat[chosen]
-    if flat is None:
+    share = 1.0 if weights is None else jnp.sum(weights) / max(n_rows, 1)
+    if chosen is not None:
+        rows, weights = rows[chosen], None if weights is None else weights[chosen]
+    if weights is None:
         return rows, (0,), None, share
-    total = jnp.sum(flat)
-    shares = flat / jnp.where(total > 0.0, total, 1.0)
+    total = jnp.sum(weights)
+    shares = weights / jnp.where(total > 0.0, total, 1.0)
     # What a row of no weight holds, which may be anything, must not reach a sum.
-    counts = (flat > 0.0).reshape(-1, *(1,) * len(rest))
+    counts = (weights > 0.0).reshape(-1, *(1,) * len(rest))
     return jnp.where(counts, rows, jnp.zeros((), rows.dtype)), (0,), shares, share
 
 
@@ -225,27 +324,6 @@ def _fitted(weights: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
         "they must be the first of these axes, (batch,) or (batch, length)"
     )
     raise ValueError(msg)
-
-
-def _moments(
-    x: jax.Array, axes: tuple[int, ...], weights: Weights, sample_rows: int | None
-) -> Moments:
-    """Mean and biased variance over `axes`, in two passes.
-
-    The variance is summed from differences to the mean, which are of the size of the spread.
-    """
-    rows, axes, shares, share = _rows(x, axes, weights, sample_rows)
-    rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
-    if any(rows.shape[axis] == 0 for axis in axes):
-        mean = var = jnp.zeros([n for axis, n in enumerate(rows.shape) if axis not in axes])
-    elif shares is None:
-        mean = _mean(rows, axes)
-        var = jnp.squeeze(_mean((rows - mean) ** 2, axes), axes)
-        mean = jnp.squeeze(mean, axes)
-    else:
-        mean = _weighted_sum(shares, rows)
-        var = _weighted_sum(shares, (rows - mean[None]) ** 2)
-    return mean.astype(jnp.float32), var.astype(jnp.float32), share
 
 
 def _are_many(n_rows: Any) -> bool:

@@ -20,7 +20,8 @@ class Product:
     Attributes:
       view: Of the parameters; of a convolution's with the axes in the order of a kernel's.
       inputs: The variable that holds the inputs.
-      measure: The moments of such inputs, in the view's layout.
+      measure: The moments of such inputs, with weights, in at most so many groups of rows: in the
+        view's layout, with a leading axis of groups.
       summed: Axes of `view` that are summed over.
       varying: Axes of `view` along which the moments vary.
       batch: Axes of `view` along which there is a product each.
@@ -33,7 +34,7 @@ class Product:
 
     view: View
     inputs: Any
-    measure: Callable[[Any, Weights], Moments]
+    measure: Callable[[Any, Weights, int], Moments]
     summed: Sequence[int]
     varying: Sequence[int]
     batch: Sequence[int]
@@ -65,7 +66,9 @@ def dot_general(eqn: Any, side: int, view: View, options: Options) -> Product | 
     return Product(
         view=view,
         inputs=inputs,
-        measure=lambda x, weights: moments.contraction(x, axis_of, weights, options),
+        measure=lambda x, weights, groups: moments.contraction(
+            x, axis_of, weights, groups, options
+        ),
         summed=tuple(contract[side]),
         varying=tuple(met),
         batch=batch[side],
@@ -97,9 +100,9 @@ def conv(eqn: Any, kernel: View, options: Options) -> Product | str:
     last = len(standard.shape) - 1
     features, positions = standard.shape[last], math.prod(window.outputs)
 
-    def measure(x: Any, weights: Weights) -> Moments:
+    def measure(x: Any, weights: Weights, row_groups: int) -> Moments:
         x = jnp.transpose(x, inputs_first)
-        return moments.convolution(x, features, groups, window, weights, options)
+        return moments.convolution(x, features, groups, window, weights, row_groups, options)
 
     varying = range(last) if options.conv_statistics == "patch" else [last - 1]
     out_axes: list[int | None] = [None] * len(out_shape)
@@ -141,7 +144,9 @@ def patches(found: Product, named: Any, options: Options) -> Product | None:
         found,
         view=kernel,
         inputs=named,
-        measure=lambda x, weights: moments.contraction(x, axis_of, weights, options),
+        measure=lambda x, weights, groups: moments.contraction(
+            x, axis_of, weights, groups, options
+        ),
         summed=range(last),
         varying=(last - 1,),
         out_axes=[None if axis is None else last for axis in found.out_axes],
@@ -166,8 +171,8 @@ def lookup(eqn: Any, table: View, options: Options) -> Product:
     n_rows, n_features = table.shape[0], len(table.shape) - 1
     indices = eqn.invars[1]
 
-    def measure(x: jax.Array, weights: Weights) -> Moments:
-        return moments.lookup(x, n_rows, n_features, weights, options)
+    def measure(x: jax.Array, weights: Weights, groups: int) -> Moments:
+        return moments.lookup(x, n_rows, n_features, weights, groups, options)
 
     return Product(
         view=table,

@@ -28,14 +28,12 @@ class Measure:
 
     Attributes:
       mean: Mean of the inputs.
-      var: Variance of the inputs within batches.
-      sq_mean: Mean of the squares of the batch means; None where that is `mean**2`.
+      var: Variance of the inputs.
       count: Number of rows; 0 where nothing was measured.
     """
 
     mean: Any
     var: Any
-    sq_mean: Any
     count: Any
 
     def map(self, function: Callable[[Any], Any]) -> "Measure":
@@ -344,32 +342,31 @@ def gather(view: View, shape: Shape, mesh_axis: str, axis: int, tiled: bool) -> 
 
 
 def average(measure: Measure, axes: tuple[int, ...]) -> Measure:
-    """The statistics of the union over `axes`, which keep their place with size 1."""
+    """The statistics of the union over `axes`, which keep their place with size 1.
+
+    The variance of a union is the mean of its parts' variances and squared distances to the
+    common mean (Chan's formula), which keeps all digits.
+    """
     shape = np.broadcast_shapes(measure.mean.shape, measure.count.shape)
     count = jnp.broadcast_to(
         measure.count,
         [shape[i] if i in axes else measure.count.shape[i] for i in range(len(shape))],
     )
     total = jnp.sum(count, axis=axes, keepdims=True)
-    weight = count / jnp.maximum(total, 1.0)
-    sq_mean = measure.mean**2 if measure.sq_mean is None else measure.sq_mean
+    weight = count / jnp.where(total > 0.0, total, 1.0)
 
     def mean_of(x: jax.Array) -> jax.Array:
         return jnp.sum(weight * x, axis=axes, keepdims=True)
 
-    return Measure(mean_of(measure.mean), mean_of(measure.var), mean_of(sq_mean), total)
+    mean = mean_of(measure.mean)
+    return Measure(mean, mean_of(measure.var + (measure.mean - mean) ** 2), total)
 
 
 def union(measures: list[Measure]) -> Measure:
     """The statistics of several measurements of the same parameter."""
     if len(measures) == 1:
         return measures[0]
-    expanded = [
-        dataclasses.replace(m, sq_mean=m.mean**2 if m.sq_mean is None else m.sq_mean).map(
-            lambda x: x[None]
-        )
-        for m in measures
-    ]
+    expanded = [measure.map(lambda x: x[None]) for measure in measures]
 
     def join(*arrays: jax.Array) -> jax.Array:
         shape = np.broadcast_shapes(*(x.shape for x in arrays))
