@@ -161,7 +161,7 @@ def bnp(
         if warm_start:
             rate = jnp.where(n_entered == 0, 1.0, rate)
         batch_mean, batch_var = stats.mean, stats.total_variance
-        bound: ArrayLike = np.inf
+        bound: ArrayLike = math.inf
         if max_ratio is not None:
             whole = (n_entered < _N_WHOLE) | (largest_var == 0.0)
             bound = jnp.where(whole, jnp.inf, max_ratio * largest_var)
