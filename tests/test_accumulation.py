@@ -176,6 +176,7 @@ def test_multi_steps_without_statistics_or_with_wrong_ones():
     assert_trees_close(numbers(state), numbers(trained(bnp_optax.bnp_sgd(0.1), X[:1])[1]), 1e-5)
 
 
+@pytest.mark.skipif(not hasattr(optax, "microbatching"), reason="this Optax has no microbatching")
 def test_one_line_of_optax_gives_the_step_of_the_full_batch():
     """Its averaged `count` is that of a microbatch: N in q is for us to say."""
     in_microbatches = optax.microbatching.microbatch(
