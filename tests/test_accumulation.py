@@ -189,13 +189,7 @@ def test_one_line_of_optax_gives_the_step_of_the_full_batch():
     got, state = trained(tx, X, jax.jit(in_microbatches))
     want, want_state = trained(tx, X)
     assert_trees_close(got, want)
-    one, two = ([f._replace(numbers=()) for f in bnp_states(s)] for s in (state, want_state))
-    assert_trees_close(one, two, 1e-5)
-    q, want_q = (
-        {k: v for k, v in bnp_optax.metrics(s).items() if k.startswith("q/")}
-        for s in (state, want_state)
-    )
-    assert_trees_equal(q, want_q)
+    assert_trees_close(numbers(state), numbers(want_state), 1e-5)
 
 
 def test_multi_steps_of_optax_is_far_from_the_full_batch():
