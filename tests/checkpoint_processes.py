@@ -99,7 +99,9 @@ def on_other_meshes(folder):
         for got, want, place in zip(*map(jax.tree.leaves, (sharded, whole, target)), strict=True):
             np.testing.assert_array_equal(got, want)
             assert got.sharding == place.sharding
-        after, losses = make_checkpoints.train(tx, sharded, 3, 1)
+        # Old versions of XLA cannot partition the gradient of a grouped convolution.
+        replicated = jax.device_put(sharded, NamedSharding(meshes[restore_on], PartitionSpec()))
+        after, losses = make_checkpoints.train(tx, replicated, 3, 1)
         want_after, want_losses = make_checkpoints.train(tx, whole, 3, 1)
         np.testing.assert_allclose(losses, want_losses, rtol=1e-6)
         for got, want in zip(*map(jax.tree.leaves, (after, want_after)), strict=True):

@@ -176,6 +176,7 @@ def test_multi_steps_without_statistics_or_with_wrong_ones():
     assert_trees_close(numbers(state), numbers(trained(bnp_optax.bnp_sgd(0.1), X[:1])[1]), 1e-5)
 
 
+@pytest.mark.skipif(not hasattr(optax, "microbatching"), reason="this Optax has no microbatching")
 def test_one_line_of_optax_gives_the_step_of_the_full_batch():
     """Its averaged `count` is that of a microbatch: N in q is for us to say."""
     in_microbatches = optax.microbatching.microbatch(
@@ -188,13 +189,7 @@ def test_one_line_of_optax_gives_the_step_of_the_full_batch():
     got, state = trained(tx, X, jax.jit(in_microbatches))
     want, want_state = trained(tx, X)
     assert_trees_close(got, want)
-    one, two = ([f._replace(numbers=()) for f in bnp_states(s)] for s in (state, want_state))
-    assert_trees_close(one, two, 1e-5)
-    q, want_q = (
-        {k: v for k, v in bnp_optax.metrics(s).items() if k.startswith("q/")}
-        for s in (state, want_state)
-    )
-    assert_trees_equal(q, want_q)
+    assert_trees_close(numbers(state), numbers(want_state), 1e-5)
 
 
 def test_multi_steps_of_optax_is_far_from_the_full_batch():

@@ -178,10 +178,14 @@ def bnp(
         new_mean = None if mean is None else (1.0 - rate) * mean + rate * batch_mean
         return new_mean, (1.0 - rate) * var + rate * batch_var
 
-    def inv_q_of(layer: Layer, stats: LayerStats, largest: Array) -> Array:
+    def n_of(stats: LayerStats, largest: Array) -> Array:
+        if batch_size is None:
+            return jnp.maximum(stats.batch_size, largest)
+        return jnp.asarray(batch_size, jnp.float32)
+
+    def inv_q_of(layer: Layer, stats: LayerStats, n: Array) -> Array:
         if not scale:
             return jnp.ones((), jnp.float32)
-        n = largest if batch_size is None else batch_size
         return jax.lax.rsqrt(jnp.maximum(layer.fan_in / n, math.sqrt(stats.layer.positions)))
 
     def update(
@@ -216,9 +220,9 @@ def bnp(
             if mean is not None and new_mean is not None:
                 new.mean[name] = entered(new_mean, mean)
             new.var[name] = entered(new_var, var)
-            largest = entered(jnp.maximum(stats.batch_size, largest), largest)
-            inv_q = entered(inv_q_of(layer, stats, largest), inv_q)
-            new.numbers[name] = jnp.stack([inv_q, n_entered + accept, n_rejected + reject, largest])
+            n = entered(n_of(stats, largest), largest)
+            inv_q = entered(inv_q_of(layer, stats, n), inv_q)
+            new.numbers[name] = jnp.stack([inv_q, n_entered + accept, n_rejected + reject, n])
             if name in old.inputs or var.shape != old.var[name].shape:
                 bits = _bits(layer)
                 new.inputs[name] = entered(bits, old.inputs.get(name, bits))

@@ -30,7 +30,7 @@ class BNPState(NamedTuple):
         there is no bias.
       numbers: At all kernels, four numbers: 1 / q, 1 before the first statistics; how many batches
         entered the running statistics; how many did not, as they were not finite or had a negative
-        variance; and the largest N of those that entered.
+        variance; and N, the largest of those that entered, or `batch_size`.
       inputs: At kernels whose statistics vary along an axis that is not summed over, such as that
         of stacked layers, or may do so: the axes that are, where bit i stands for axis i.
       eps: `eps_rel` and `eps_abs`, by which sigma~ exceeds sigma.
