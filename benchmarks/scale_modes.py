@@ -407,7 +407,7 @@ def by_linen(is_logical: bool) -> Mode:
 
         @contextlib.contextmanager
         def context() -> Any:
-            with mesh, nn.logical_axis_rules(RULES):
+            with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
                 yield
 
         def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -37,7 +37,7 @@ def test_ends_there_but_for_rounding(mode, x64, monkeypatch):
     adam = dataclasses.replace(
         OPTIMIZERS["bnp_adam"], make=lambda: bnp_optax.bnp_adam(1e-2, batch_size=BATCH)
     )
-    assert error(train(MODES[mode](adam, False)), train(one_device(adam))) < 1e-9
+    assert error(train(MODES[mode](adam, False)), train(one_device(adam))) < TOLERANCE
 
 
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
