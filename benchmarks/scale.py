@@ -8,6 +8,7 @@ relative to the largest entry of each parameter; the collectives in the optimize
 with and without preconditioning; and how often the step was compiled in the ten steps.
 """
 
+import contextlib
 import json
 import re
 import sys
@@ -100,10 +101,16 @@ def main(output: Path = OUTPUT, modes: tuple[str, ...] = (), tolerance: float = 
     if unknown:
         print(f"error: no mode {unknown}; the modes are {list(MODES)}", file=sys.stderr)
         return 2
-    if jax.config.jax_platforms != "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    if jax.config.jax_num_cpu_devices < DEVICES:
+    jax.config.update("jax_platforms", "cpu")
+    with contextlib.suppress(RuntimeError):  # It is too late where a backend runs already.
         jax.config.update("jax_num_cpu_devices", DEVICES)
+    if len(jax.devices()) < DEVICES:
+        print(
+            f"error: {DEVICES} devices are needed, there are {len(jax.devices())}; start JAX "
+            f"with `jax_num_cpu_devices` of {DEVICES}",
+            file=sys.stderr,
+        )
+        return 2
     start = time.perf_counter()
     pairs = [(mode, name) for mode in modes or MODES for name in OPTIMIZERS]
     rows = [measure(*pair) for pair in track(pairs, console=console)]

@@ -139,7 +139,7 @@ def in_auto_axes(inner: optax.GradientTransformation) -> optax.GradientTransform
         names = {n for s in jax.tree.leaves(shardings) for n in s.spec if n is not None}
         if not names:
             return inner.update(updates, state, params)
-        automatic = jax.sharding.auto_axes(inner.update, out_sharding=shardings)
+        automatic: Any = jax.sharding.auto_axes(inner.update, out_sharding=shardings)
         return automatic(updates, state, params)
 
     return optax.GradientTransformation(inner.init, update)
@@ -395,6 +395,10 @@ class Linen(nn.Module):
         return x
 
 
+def _outputs(model: Linen, params: Any, x: jax.Array) -> Any:
+    return model.apply({"params": params}, x)
+
+
 def by_linen(is_logical: bool) -> Mode:
     """Flax's flow: boxes in the parameters, and shardings read off the abstract state."""
     model = Linen(
@@ -411,7 +415,7 @@ def by_linen(is_logical: bool) -> Mode:
                 yield
 
         def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-            return jnp.mean((model.apply({"params": params}, x) - y) ** 2)
+            return jnp.mean((_outputs(model, params, x) - y) ** 2)
 
         tx, step = make_step(method, is_plain, loss)
 
@@ -422,7 +426,7 @@ def by_linen(is_logical: bool) -> Mode:
 
         with context():
             found = nn.get_partition_spec(jax.eval_shape(init))
-            shardings = nn.logical_to_mesh_sharding(found, mesh, RULES)
+            shardings = nn.spmd.logical_to_mesh_sharding(found, mesh, RULES)
             carry = jax.jit(init, out_shardings=shardings)()
         return Training(
             jax.jit(step, out_shardings=shardings),
@@ -476,8 +480,7 @@ def by_nnx(method: Optimizer, is_plain: bool = False) -> Training:
         nnx.update(model, jax.tree.unflatten(jax.tree.structure(state), values))
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
-    @nnx.jit
-    def step(model: NNX, optimizer: Any, x: jax.Array, y: jax.Array) -> None:
+    def update(model: NNX, optimizer: Any, x: jax.Array, y: jax.Array) -> None:
         extra: dict[str, Any] = {}
         if is_plain:
             grads = nnx.grad(loss)(model, x, y)
@@ -488,8 +491,11 @@ def by_nnx(method: Optimizer, is_plain: bool = False) -> Training:
             extra["grad_fn"] = jax.grad(lambda p: loss(nnx.merge(graph, p, rest), x, y))
         optimizer.update(model, grads, **extra)
 
+    step: Any = nnx.jit(update)
+
     def stepped(carry: Any, x: jax.Array, y: jax.Array) -> Any:
-        step(*carry, x, y)
+        model, optimizer = carry
+        step(model, optimizer, x, y)
         return carry
 
     return Training(
