@@ -1,9 +1,10 @@
-"""A contest of ways to train: `python -m benchmarks run`, `report`, `cost`.
+"""A contest of ways to train: `python -m benchmarks run`, `report`, `cost`; and `scale`.
 
     python -m benchmarks run                                  # what needs no files
     python -m benchmarks run --problems 'fc-cifar10-*' --data-dir DIR
     python -m benchmarks report
     python -m benchmarks cost
+    python -m benchmarks scale
 
 A run that was stopped, or killed, goes on with the same command: each training is kept as soon as
 it is done.
@@ -17,7 +18,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from benchmarks import campaign, cost
+from benchmarks import campaign, cost, scale
 from benchmarks import problems as registry
 from benchmarks.campaign import Choice, matching
 from benchmarks.methods import METHODS, RATES
@@ -98,7 +99,7 @@ def report(results: Path = RESULTS, output: Path | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    commands = {"run": run, "report": report, "cost": cost.main}
+    commands = {"run": run, "report": report, "cost": cost.main, "scale": scale.main}
     return tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="python -m benchmarks")
 
 

@@ -135,7 +135,7 @@ def bnp(
     check_layers(layers)
 
     def eps() -> Array:
-        return jnp.stack([jnp.asarray(e, jnp.float32) for e in (eps_rel, eps_abs)])
+        return _vector(eps_rel, eps_abs)
 
     def init(params: Any) -> BNPState:
         found, leaves = layers_of(params, layers), named_leaves(params)
@@ -148,7 +148,7 @@ def bnp(
         return BNPState(
             mean=_at(params, {n: full(0.0, n) for n, layer in found.items() if layer.bias}),
             var=_at(params, {n: full(1.0, n) for n in found}),
-            numbers=_at(params, {n: jnp.array([1.0, 0.0, 0.0, 0.0], jnp.float32) for n in found}),
+            numbers=_at(params, {n: _vector(1.0, 0.0, 0.0, 0.0) for n in found}),
             inputs=_at(params, {n: _bits(layer) for n, layer in found.items() if ambiguous[n]}),
             eps=eps(),
         )
@@ -234,6 +234,11 @@ def bnp(
 def _at(tree: Any, arrays: dict[str, Array]) -> Any:
     """A tree of the structure of `tree`, unboxed, with `arrays` at their names, else masks."""
     return replace_leaves(mask_leaves(tree), arrays)
+
+
+def _vector(*numbers: ArrayLike) -> Array:
+    """A float32 vector; stacked, as in an update, it has the same sharding in an explicit mesh."""
+    return jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers])
 
 
 def _bits(layer: Layer) -> Int[Array, ""]:

@@ -1,0 +1,48 @@
+"""Training on eight devices, in every mode of JAX, ends where training on one device does."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import bnp_optax
+from benchmarks import scale_modes
+from benchmarks.scale_modes import BATCH, MODES, OPTIMIZERS, error, one_device, reference, train
+
+# An update that is not made, or statistics of one device's share of the rows, are 1e-2 or more.
+TOLERANCE = 1e-6
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("mode", MODES)
+def test_ends_where_one_device_does(mode, optimizer):
+    training = MODES[mode](OPTIMIZERS[optimizer], False)
+    found = train(training)
+    start = jax.tree.leaves(scale_modes.initial())
+    assert error(start, reference(optimizer)) > 1e-2
+    assert error(found, reference(optimizer)) < TOLERANCE
+
+
+@pytest.mark.parametrize("mode", ["explicit, rows", "explicit, FSDP", "shard_map", "auto, columns"])
+def test_ends_there_but_for_rounding(mode, x64, monkeypatch):
+    """In float64 also with Adam's usual eps, which makes steps of what rounding leaves of zeros."""
+    initial, batches = scale_modes.initial, scale_modes.batches
+
+    def doubled(tree):
+        return jax.tree.map(lambda a: a.astype(np.float64), tree)
+
+    monkeypatch.setattr(scale_modes, "initial", lambda: doubled(initial()))
+    monkeypatch.setattr(scale_modes, "batches", lambda: doubled(batches()))
+    adam = dataclasses.replace(
+        OPTIMIZERS["bnp_adam"], make=lambda: bnp_optax.bnp_adam(1e-2, batch_size=BATCH)
+    )
+    assert error(train(MODES[mode](adam, False)), train(one_device(adam))) < TOLERANCE
+
+
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_one_device_s_batch_size_gives_another_q(mode):
+    """Where each device sees its rows only, `bnp` must be told how many there are."""
+    sgd = dataclasses.replace(OPTIMIZERS["bnp_sgd"], make=lambda: bnp_optax.bnp_sgd(0.1))
+    assert error(train(MODES[mode](sgd, False)), train(one_device(sgd))) > 1e-2
+    assert error(train(MODES["auto, data"](sgd, False)), train(one_device(sgd))) < TOLERANCE
