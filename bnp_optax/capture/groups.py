@@ -56,14 +56,17 @@ def union(measures: list[Measure]) -> Measure:
 
 def joined(measures: Mapping[str, Measure]) -> dict[str, Measure]:
     """The statistics of all rows, without the axis of groups."""
-    result = {name: measure.map(lambda x: x[0]) for name, measure in measures.items()}
-    alike = collections.defaultdict(list)
+    alike, result = collections.defaultdict(list), {}
     for name, measure in measures.items():
-        if len(measure.mean) > 1:
-            alike[len(measure.mean), len(measure.count)].append(name)
-    for names in alike.values():
-        result |= dict(zip(names, _joined([measures[name] for name in names]), strict=True))
-    return result
+        # Explicit shardings do not mix.
+        alike[len(measure.mean), len(measure.count), jax.typeof(measure.mean).sharding.spec[0]].append(
+            name
+        )
+    for (n_groups, *_), names in alike.items():
+        found = [measures[name] for name in names]
+        found = _joined(found) if n_groups > 1 else [m.map(lambda x: x[0]) for m in found]
+        result |= dict(zip(names, found, strict=True))
+    return {name: result[name] for name in measures}
 
 
 def _joined(measures: list[Measure]) -> list[Measure]:

@@ -18,7 +18,7 @@ from jax.extend.core import primitives as prims
 from jax.sharding import PartitionSpec, Sharding
 
 from bnp_optax.capture import groups, views
-from bnp_optax.capture.devices import dimension_axes, n_shards
+from bnp_optax.capture.devices import dimension_axes
 from bnp_optax.capture.jaxprs import is_remat, scan_counts
 from bnp_optax.capture.moments import Weights
 from bnp_optax.capture.uses import Trace, Use
@@ -74,8 +74,7 @@ def evaluate(
 
 def _measured(use: Use, inputs: jax.Array, weights: Weights) -> Measure:
     try:
-        inputs = lax.stop_gradient(inputs)
-        mean, var, share = use.product.measure(inputs, weights, n_shards())
+        mean, var, share = use.product.measure(lax.stop_gradient(inputs), weights)
     except ValueError as error:
         error.add_note(f"This happened at the inputs of `{use.name}`.")
         raise

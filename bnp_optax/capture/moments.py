@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnp_optax.capture.devices import n_groups
+
 ConvStatistics = Literal["channel", "patch"]
 # Weights of the rows, or None where all rows count alike.
 Weights = jax.Array | None
@@ -44,16 +46,16 @@ class Options:
     embeddings: bool = False
 
 
-@functools.partial(jax.jit, static_argnames=("axis_of", "groups", "options"))
+@functools.partial(jax.jit, static_argnames=("axis_of", "options"))
 def contraction(
-    x: jax.Array, axis_of: Sequence[int | None], weights: Weights, groups: int, options: Options
+    x: jax.Array, axis_of: Sequence[int | None], weights: Weights, options: Options
 ) -> Moments:
     """Moments of `x` for a kernel whose axis i meets the axis `axis_of[i]` of `x`, or none."""
     met = [axis for axis in axis_of if axis is not None]
     rows = tuple(axis for axis in range(x.ndim) if axis not in met)
     order = [0, *(1 + sorted(met).index(axis) for axis in met)]
     absent = tuple(1 + i for i, axis in enumerate(axis_of) if axis is None)
-    mean, var, share = _moments(x, rows, weights, groups, options.sample_rows)
+    mean, var, share = _moments(x, rows, weights, options.sample_rows)
     mean, var = (jnp.expand_dims(jnp.transpose(stat, order), absent) for stat in (mean, var))
     return mean, var, share
 
@@ -87,17 +89,9 @@ class Window:
         return (at[:, :, None] == inputs[None, None, :]).sum(axis=1)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("features", "groups", "window", "row_groups", "options")
-)
+@functools.partial(jax.jit, static_argnames=("features", "groups", "window", "options"))
 def convolution(
-    x: jax.Array,
-    features: int,
-    groups: int,
-    window: Window,
-    weights: Weights,
-    row_groups: int,
-    options: Options,
+    x: jax.Array, features: int, groups: int, window: Window, weights: Weights, options: Options
 ) -> Moments:
     """Moments of a map `x` (batch, *spatial, channels) for a kernel (*spatial, in, features).
 
@@ -106,10 +100,10 @@ def convolution(
     the shape (*spatial, in, 1). With groups, the last axis has one entry for each feature.
     """
     if options.conv_statistics == "patch":
-        mean, var, share = _patch_moments(x, window, weights, row_groups, options.sample_rows)
+        mean, var, share = _patch_moments(x, window, weights, options.sample_rows)
     else:
         axes = tuple(range(x.ndim - 1))
-        mean, var, share = _moments(x, axes, weights, row_groups, options.sample_rows)
+        mean, var, share = _moments(x, axes, weights, options.sample_rows)
         mean, var = (jnp.expand_dims(stat, tuple(range(1, x.ndim - 1))) for stat in (mean, var))
 
     def by_group(stat: jax.Array) -> jax.Array:
@@ -123,12 +117,7 @@ def convolution(
 
 
 def lookup(
-    indices: jax.Array,
-    n_rows: int,
-    n_features: int,
-    weights: Weights,
-    groups: int,
-    options: Options,
+    indices: jax.Array, n_rows: int, n_features: int, weights: Weights, options: Options
 ) -> Moments:
     """Moments of one-hot vectors at `indices`, for a table (n_rows, *features).
 
@@ -142,11 +131,11 @@ def lookup(
         return frequency, frequency * (1.0 - frequency)
 
     axes = tuple(range(indices.ndim))
-    return _by_group(of_rows, indices, axes, weights, groups, options.sample_rows)
+    return _by_group(of_rows, indices, axes, weights, options.sample_rows)
 
 
 def _moments(
-    x: jax.Array, axes: Axes, weights: Weights, groups: int, sample_rows: int | None
+    x: jax.Array, axes: Axes, weights: Weights, sample_rows: int | None
 ) -> Moments:
     """Mean and biased variance over `axes`, in two passes.
 
@@ -166,11 +155,11 @@ def _moments(
             var = _weighted_sum(shares, (rows - mean[None]) ** 2)
         return mean.astype(jnp.float32), var.astype(jnp.float32)
 
-    return _by_group(of_rows, x, axes, weights, groups, sample_rows)
+    return _by_group(of_rows, x, axes, weights, sample_rows)
 
 
 def _patch_moments(
-    x: jax.Array, window: Window, weights: Weights, groups: int, sample_rows: int | None
+    x: jax.Array, window: Window, weights: Weights, sample_rows: int | None
 ) -> Moments:
     """Mean and variance of what each kernel entry meets, zeros of the padding included.
 
@@ -212,7 +201,7 @@ def _patch_moments(
         var = second + 2 * shift * first + inside * shift**2 + (1 - inside) * mean**2
         return mean.astype(jnp.float32), jnp.maximum(var, 0.0).astype(jnp.float32)
 
-    return _by_group(of_rows, x, (0,), weights, groups, n_examples)
+    return _by_group(of_rows, x, (0,), weights, n_examples)
 
 
 def _by_group(
@@ -220,7 +209,6 @@ def _by_group(
     x: jax.Array,
     axes: Axes,
     weights: Weights,
-    groups: int,
     n_chosen: int | None,
 ) -> Moments:
     """Moments of each group of rows, as `of_rows(rows, axes, shares)` computes them.
@@ -230,13 +218,13 @@ def _by_group(
       x: The inputs.
       axes: Those that the rows run over, in order; the first is cut into groups.
       weights: Of the rows.
-      groups: How many groups there are at most; the largest common divisor is taken.
-      n_chosen: The number of rows to look at, rounded up to as many in each group; None for all.
+      n_chosen: The number of rows to look at; None for all. If it is not less than that of the
+        groups, it is rounded up to as many in each.
     """
     sizes = tuple(x.shape[axis] for axis in axes)
     n_rows = math.prod(sizes)
     flat = None if weights is None else _fitted(weights, sizes).ravel().astype(jnp.float32)
-    groups = _common(groups, sizes)
+    groups = n_groups(x, axes, weights is None and n_chosen is None)
     if n_chosen is not None and n_chosen < groups:
         groups = math.gcd(groups, n_chosen)
     chosen = None
@@ -256,13 +244,6 @@ def _by_group(
     flat = None if flat is None else flat.reshape(groups, -1)
     chosen = None if chosen is None else jnp.asarray(chosen)
     return jax.vmap(of_group, in_axes=(first, 0, 0))(x, flat, chosen)
-
-
-def _common(groups: int, sizes: Sequence[Any]) -> int:
-    """The largest number of equal groups that an axis of the first of `sizes` has in common."""
-    # The size may be symbolic, as in `jax.export`, and no rows are one group of none.
-    is_cut = bool(sizes) and isinstance(sizes[0], int) and 0 not in sizes
-    return math.gcd(groups, sizes[0]) if is_cut else 1
 
 
 def _sample(n_rows: int, n_chosen: int) -> np.ndarray:
