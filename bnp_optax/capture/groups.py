@@ -59,9 +59,9 @@ def joined(measures: Mapping[str, Measure]) -> dict[str, Measure]:
     alike, result = collections.defaultdict(list), {}
     for name, measure in measures.items():
         # Explicit shardings do not mix.
-        alike[len(measure.mean), len(measure.count), jax.typeof(measure.mean).sharding.spec[0]].append(
-            name
-        )
+        alike[
+            len(measure.mean), len(measure.count), jax.typeof(measure.mean).sharding.spec[0]
+        ].append(name)
     for (n_groups, *_), names in alike.items():
         found = [measures[name] for name in names]
         found = _joined(found) if n_groups > 1 else [m.map(lambda x: x[0]) for m in found]

@@ -134,9 +134,7 @@ def lookup(
     return _by_group(of_rows, indices, axes, weights, options.sample_rows)
 
 
-def _moments(
-    x: jax.Array, axes: Axes, weights: Weights, sample_rows: int | None
-) -> Moments:
+def _moments(x: jax.Array, axes: Axes, weights: Weights, sample_rows: int | None) -> Moments:
     """Mean and biased variance over `axes`, in two passes.
 
     The variance is summed from differences to the mean, which are of the size of the spread.

@@ -80,9 +80,7 @@ def bnp_states(state: Any) -> list[BNPState]:
     return [node for node in jax.tree.leaves(state, is_leaf=is_bnp) if is_bnp(node)]
 
 
-def over_inputs(
-    reduce: Callable[..., Array], x: Array, inputs: Int[Array, ""] | None
-) -> Array:
+def over_inputs(reduce: Callable[..., Array], x: Array, inputs: Int[Array, ""] | None) -> Array:
     """`reduce` of `x` over the axes that `inputs` says, for each group or stacked layer apart.
 
     They are known only with the statistics: a kernel with three axes and no bias may be that of
