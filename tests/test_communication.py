@@ -195,7 +195,9 @@ def test_a_sample_is_as_large_on_every_device(n_rows):
 
 def test_a_kernel_used_twice_and_a_scan_have_the_moments_of_all_their_rows():
     def loss(params, x):
-        step = lambda carry, row: (carry + dense(params, row), None)
+        def step(carry, row):
+            return carry + dense(params, row), None
+
         total, _ = jax.lax.scan(step, 0.0, jnp.moveaxis(x, 1, 0))
         return total + dense(params, 3.0 * x[:, 0])
 
@@ -212,7 +214,9 @@ def test_rows_spread_by_shard_map_within_the_loss(check_vma):
     )
 
     def loss(params, x):
-        mean = lambda params, x: jax.lax.pmean(dense(params, x), "data")
+        def mean(params, x):
+            return jax.lax.pmean(dense(params, x), "data")
+
         return mapped(mean, in_specs=(PartitionSpec(), spec))(params, x)
 
     x = rows((16, 8))

@@ -23,9 +23,11 @@ ConvStatistics = Literal["channel", "patch"]
 Weights = jax.Array | None
 # Axes of an array.
 Axes = tuple[int, ...]
-# Mean, variance, and the share of all rows that the weights leave: 1 without weights. All with a
-# leading axis of groups of rows.
-Moments = tuple[jax.Array, jax.Array, Any]
+# Mean, variance, and what the mean lacks of the true one by rounding.
+Stats = tuple[jax.Array, jax.Array, jax.Array]
+# These, and the share of all rows that the weights leave: 1 without weights. All with a leading
+# axis of groups of rows.
+Moments = tuple[jax.Array, jax.Array, jax.Array, Any]
 
 # Sums of fewer float32 numbers keep their digits in any order.
 _MANY_ROWS = 2**14
@@ -55,9 +57,9 @@ def contraction(
     rows = tuple(axis for axis in range(x.ndim) if axis not in met)
     order = [0, *(1 + sorted(met).index(axis) for axis in met)]
     absent = tuple(1 + i for i, axis in enumerate(axis_of) if axis is None)
-    mean, var, share = _moments(x, rows, weights, options.sample_rows)
-    mean, var = (jnp.expand_dims(jnp.transpose(stat, order), absent) for stat in (mean, var))
-    return mean, var, share
+    *stats, share = _moments(x, rows, weights, options.sample_rows)
+    mean, var, rest = (jnp.expand_dims(jnp.transpose(stat, order), absent) for stat in stats)
+    return mean, var, rest, share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +102,11 @@ def convolution(
     the shape (*spatial, in, 1). With groups, the last axis has one entry for each feature.
     """
     if options.conv_statistics == "patch":
-        mean, var, share = _patch_moments(x, window, weights, options.sample_rows)
+        *stats, share = _patch_moments(x, window, weights, options.sample_rows)
     else:
         axes = tuple(range(x.ndim - 1))
-        mean, var, share = _moments(x, axes, weights, options.sample_rows)
-        mean, var = (jnp.expand_dims(stat, tuple(range(1, x.ndim - 1))) for stat in (mean, var))
+        *stats, share = _moments(x, axes, weights, options.sample_rows)
+        stats = [jnp.expand_dims(stat, tuple(range(1, x.ndim - 1))) for stat in stats]
 
     def by_group(stat: jax.Array) -> jax.Array:
         # Output channels come group by group, and each meets the input channels of its group.
@@ -113,7 +115,8 @@ def convolution(
         per_group = jnp.moveaxis(stat.reshape(*stat.shape[:-1], groups, -1), -2, -1)
         return jnp.repeat(per_group, features // groups, axis=-1)
 
-    return by_group(mean), by_group(var), share
+    mean, var, rest = map(by_group, stats)
+    return mean, var, rest, share
 
 
 def lookup(
@@ -124,11 +127,11 @@ def lookup(
     The mean of a one-hot input is the frequency f of its row, its variance f (1 - f).
     """
 
-    def of_rows(rows: jax.Array, _: Axes, shares: Weights) -> tuple[jax.Array, jax.Array]:
+    def of_rows(rows: jax.Array, _: Axes, shares: Weights) -> Stats:
         shares = jnp.full(rows.size, 1.0 / max(rows.size, 1)) if shares is None else shares
         frequency = jnp.zeros(n_rows, jnp.float32).at[rows.ravel()].add(shares, mode="drop")
         frequency = frequency.reshape(n_rows, *(1,) * n_features)
-        return frequency, frequency * (1.0 - frequency)
+        return frequency, frequency * (1.0 - frequency), jnp.zeros_like(frequency)
 
     axes = tuple(range(indices.ndim))
     return _by_group(of_rows, indices, axes, weights, options.sample_rows)
@@ -140,18 +143,20 @@ def _moments(x: jax.Array, axes: Axes, weights: Weights, sample_rows: int | None
     The variance is summed from differences to the mean, which are of the size of the spread.
     """
 
-    def of_rows(rows: jax.Array, axes: Axes, shares: Weights) -> tuple[jax.Array, jax.Array]:
+    def of_rows(rows: jax.Array, axes: Axes, shares: Weights) -> Stats:
         rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
         if any(rows.shape[axis] == 0 for axis in axes):
-            mean = var = jnp.zeros([n for axis, n in enumerate(rows.shape) if axis not in axes])
-        elif shares is None:
+            zeros = jnp.zeros([n for axis, n in enumerate(rows.shape) if axis not in axes])
+            return zeros, zeros, zeros
+        if shares is None:
             mean = _mean(rows, axes)
-            var = jnp.squeeze(_mean((rows - mean) ** 2, axes), axes)
-            mean = jnp.squeeze(mean, axes)
+            var, rest = _mean((rows - mean) ** 2, axes), _mean(rows - mean, axes)
+            mean, var, rest = (jnp.squeeze(stat, axes) for stat in (mean, var, rest))
         else:
             mean = _weighted_sum(shares, rows)
             var = _weighted_sum(shares, (rows - mean[None]) ** 2)
-        return mean.astype(jnp.float32), var.astype(jnp.float32)
+            rest = _weighted_sum(shares, rows - mean[None])
+        return mean.astype(jnp.float32), var.astype(jnp.float32), rest.astype(jnp.float32)
 
     return _by_group(of_rows, x, axes, weights, sample_rows)
 
@@ -174,7 +179,7 @@ def _patch_moments(
     n_outputs = math.prod(window.outputs)
     inside = jnp.asarray((met / n_outputs)[..., None], jnp.float32)
 
-    def of_rows(x: jax.Array, _: Axes, shares: Weights) -> tuple[jax.Array, jax.Array]:
+    def of_rows(x: jax.Array, _: Axes, shares: Weights) -> Stats:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         of_row = jnp.full(x.shape[0], 1.0 / max(x.shape[0], 1)) if shares is None else shares
         center = jnp.einsum("b,b...->...", of_row, jnp.mean(x, axis=tuple(range(1, x.ndim - 1))))
@@ -197,13 +202,15 @@ def _patch_moments(
         # Entries of the padding are 0, at a distance `mean` from the mean.
         shift = center - mean
         var = second + 2 * shift * first + inside * shift**2 + (1 - inside) * mean**2
-        return mean.astype(jnp.float32), jnp.maximum(var, 0.0).astype(jnp.float32)
+        rest = (inside * center - mean) + first
+        var = jnp.maximum(var, 0.0)
+        return mean.astype(jnp.float32), var.astype(jnp.float32), rest.astype(jnp.float32)
 
     return _by_group(of_rows, x, (0,), weights, n_examples)
 
 
 def _by_group(
-    of_rows: Callable[[jax.Array, Axes, Weights], tuple[jax.Array, jax.Array]],
+    of_rows: Callable[[jax.Array, Axes, Weights], Stats],
     x: jax.Array,
     axes: Axes,
     weights: Weights,
@@ -212,7 +219,7 @@ def _by_group(
     """Moments of each group of rows, as `of_rows(rows, axes, shares)` computes them.
 
     Args:
-      of_rows: Mean and variance over the `axes` of `rows`, whose shares sum to 1 or are equal.
+      of_rows: Their statistics over the `axes` of `rows`, whose shares sum to 1 or are equal.
       x: The inputs.
       axes: Those that the rows run over, in order; the first is cut into groups.
       weights: Of the rows.
