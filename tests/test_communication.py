@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def collectives(compiled):
 
 
 def loss_fn(params, tokens):
-    logits = MODEL.apply({"params": params}, tokens[:, :-1])
+    logits: Any = MODEL.apply({"params": params}, tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
