@@ -47,7 +47,7 @@ def loss_fn(params, tokens):
 @functools.cache
 def collectives_of_a_step(method, fsdp=False, **options):
     """Those of a training step on four devices, with each kernel on all of them or in shards."""
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 8), int))["params"]
+    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     mesh = mesh_of()
 
     def place(leaf):
@@ -58,7 +58,7 @@ def collectives_of_a_step(method, fsdp=False, **options):
     params = jax.tree.map(place, shapes)
     everywhere = NamedSharding(mesh, PartitionSpec())
     tokens = jax.ShapeDtypeStruct(
-        (16, 33), int, sharding=NamedSharding(mesh, PartitionSpec("data"))
+        (16, 33), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data"))
     )
     tx = optax.adam(1e-3) if method == "adam" else bnp_optax.bnp_adam(1e-3)
     tx = optax.with_extra_args_support(tx)
@@ -126,7 +126,9 @@ def dense(params, x):
 
 def conv(params, x):
     dimensions = ("NHWC", "HWIO", "NHWC")
-    y = jax.lax.conv_general_dilated(x, params["kernel"], (1, 1), "SAME", None, None, dimensions)
+    y = jax.lax.conv_general_dilated(
+        x, params["kernel"], (1, 1), [(1, 1), (1, 1)], None, None, dimensions
+    )
     return jnp.mean(added(y, params["bias"]) ** 2)
 
 

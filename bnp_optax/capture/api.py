@@ -94,9 +94,9 @@ def value_and_grad(
     by its inputs, nor the same rows again. Use it under `jax.jit`.
 
     On many devices the batch is to be sharded along its leading axis, of which each device then
-    measures its own part. Under data parallelism with explicit collectives, average the statistics like the gradients:
-    `jax.lax.pmean(stats, axis_name)`. Derivatives through `value_and_grad` hold the statistics
-    constant.
+    measures its own part. Under data parallelism with explicit collectives, average the statistics
+    like the gradients: `jax.lax.pmean(stats, axis_name)`. Derivatives through `value_and_grad` hold
+    the statistics constant.
 
     Args:
       loss_fn: The loss, `loss_fn(params, *args, **kwargs)`; returns a scalar, or
@@ -110,8 +110,8 @@ def value_and_grad(
         border only (Proposition 10).
       sample_rows: Take the statistics from this many rows of the batch (examples, positions of a
         sequence, pixels), spread evenly and always the same; None for all. `count` stays that
-        of the whole batch. A number of at least that of the devices is
-        rounded up to as many from each.
+        of the whole batch. A number of at least that of the devices is rounded up to as many from
+        each.
       embeddings: Whether to cover tables that rows are looked up in, as layers without a bias of
         one-hot inputs, whose mean is the row's frequency.
       weights: A function of the loss's arguments, `weights(*args, **kwargs)`, that returns weights
