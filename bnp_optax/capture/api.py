@@ -93,10 +93,11 @@ def value_and_grad(
     through `stop_gradient` do not count, nor do the products of derivatives that the loss takes
     by its inputs, nor the same rows again. Use it under `jax.jit`.
 
-    Under data parallelism with explicit collectives, average the statistics like the gradients:
-    `jax.lax.pmean(stats, axis_name)`. Derivatives through `value_and_grad` hold the statistics
-    constant, so a loss that returns them as its `aux` may be scaled and differentiated by others,
-    such as Flax's `DynamicScale`.
+    On many devices the batch is to be sharded along its leading axis, of which each device then
+    measures its own part. Under data parallelism with explicit collectives, average the statistics
+    like the gradients: `jax.lax.pmean(stats, axis_name)`. Derivatives through `value_and_grad` hold
+    the statistics constant, so a loss that returns them as its `aux` may be scaled and
+    differentiated by others, such as Flax's `DynamicScale`.
 
     Args:
       loss_fn: The loss, `loss_fn(params, *args, **kwargs)`; returns a scalar, or
@@ -110,7 +111,8 @@ def value_and_grad(
         border only (Proposition 10).
       sample_rows: Take the statistics from this many rows of the batch (examples, positions of a
         sequence, pixels), spread evenly and always the same; None for all. `count` stays that
-        of the whole batch.
+        of the whole batch. A number of at least that of the devices is rounded up to as many from
+        each.
       embeddings: Whether to cover tables that rows are looked up in, as layers without a bias of
         one-hot inputs, whose mean is the row's frequency.
       weights: A function of the loss's arguments, `weights(*args, **kwargs)`, that returns weights

@@ -52,12 +52,28 @@ def dimension_axes(names: Any) -> Sequence[str]:
     return (names,) if isinstance(names, str) else tuple(names or ())
 
 
-def n_shards() -> int:
-    """Over how many devices the compiler may spread rows, for all that is known when tracing.
+def n_groups(x: Any, axes: Sequence[int], plain: bool) -> int:
+    """Into how many equal groups to cut rows along the first of `axes`, so that none is cut itself.
 
-    All devices, less those that `shard_map` has spread them over already.
+    Rows may be spread over devices. Explicit shardings say how. Other ones are not known when
+    tracing; there it is as many groups as there are devices that rows may be spread over, since
+    shards are a divisor of them. Explicit shardings of other axes, or of rows that are not `plain`
+    (they have weights, or a sample is taken), leave one group.
     """
+    sizes = [x.shape[axis] for axis in axes]
+    # A size may be symbolic, as in `jax.export`; and no rows are one group of none.
+    if not sizes or not isinstance(sizes[0], int) or 0 in sizes:
+        return 1
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    manual = math.prod(size for size, kind in sizes if kind is AxisType.Manual)
-    return max(jax.device_count() // manual, 1)
+    if AxisType.Explicit in mesh.axis_types:
+        spec = tuple(jax.typeof(x).sharding.spec)
+        names = dimension_axes(spec[axes[0]])
+        alone = all(names is None for axis, names in enumerate(spec) if axis != axes[0])
+        return math.prod(mesh.shape[name] for name in names) if plain and alone else 1
+    manual = [
+        size
+        for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind is AxisType.Manual
+    ]
+    n_devices = jax.device_count() if mesh.empty else math.prod(mesh.axis_sizes)
+    return math.gcd(n_devices // math.prod(manual), sizes[0])

@@ -17,6 +17,7 @@ have equally many rows.
 """
 
 import collections
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 
@@ -30,21 +31,15 @@ from bnp_optax.capture.views import Measure
 
 def each(function: Callable[..., Measure], *measures: Measure) -> Measure:
     """`function` of every group's measurements, stacked again; all have the same groups."""
-    counted = len(measures[0].count) > 1
-
-    def of_group(*fields: jax.Array) -> tuple[jax.Array, ...]:
-        parts = zip(*[iter(fields)] * 3, strict=True)
-        group = function(*(Measure(*part) for part in parts))
-        return group.mean, group.var, group.count
-
-    fields = [x for m in measures for x in (m.mean, m.var, m.count)]
     if len(measures[0].mean) == 1:
-        return Measure(*(x[None] for x in of_group(*(x[0] for x in fields))))
+        return function(*(m.map(lambda x: x[0]) for m in measures)).map(lambda x: x[None])
+    if len(measures[0].count) > 1:
+        return jax.vmap(function)(*measures)
     # What all groups share stays one.
-    axes = (0, 0, 0 if counted else None)
-    fields = [x[0] if i % 3 == 2 and not counted else x for i, x in enumerate(fields)]
-    mean, var, count = jax.vmap(of_group, axes * len(measures), axes)(*fields)
-    return Measure(mean, var, count if counted else count[None])
+    axes = Measure(mean=0, var=0, rest=0, count=None)
+    measures = tuple(dataclasses.replace(m, count=m.count[0]) for m in measures)
+    result = jax.vmap(function, (axes,) * len(measures), axes)(*measures)
+    return dataclasses.replace(result, count=result.count[None])
 
 
 def union(measures: list[Measure]) -> Measure:
@@ -56,14 +51,17 @@ def union(measures: list[Measure]) -> Measure:
 
 def joined(measures: Mapping[str, Measure]) -> dict[str, Measure]:
     """The statistics of all rows, without the axis of groups."""
-    result = {name: measure.map(lambda x: x[0]) for name, measure in measures.items()}
-    alike = collections.defaultdict(list)
+    alike, result = collections.defaultdict(list), {}
     for name, measure in measures.items():
-        if len(measure.mean) > 1:
-            alike[len(measure.mean), len(measure.count)].append(name)
-    for names in alike.values():
-        result |= dict(zip(names, _joined([measures[name] for name in names]), strict=True))
-    return result
+        # Explicit shardings do not mix.
+        alike[
+            len(measure.mean), len(measure.count), jax.typeof(measure.mean).sharding.spec[0]
+        ].append(name)
+    for (n_groups, *_), names in alike.items():
+        found = [measures[name] for name in names]
+        found = _joined(found) if n_groups > 1 else [m.map(lambda x: x[0]) for m in found]
+        result |= dict(zip(names, found, strict=True))
+    return {name: result[name] for name in measures}
 
 
 def _joined(measures: list[Measure]) -> list[Measure]:
@@ -86,16 +84,17 @@ def _joined(measures: list[Measure]) -> list[Measure]:
         return jnp.sum(x, axis=0, keepdims=True)
 
     mean, var = beside(m.mean for m in measures), beside(m.var for m in measures)
+    rest = beside(m.rest for m in measures)
     if len(measures[0].count) == 1:
         common = total(mean) / len(mean)
-        whole = [common, total(var + (mean - common) ** 2) / len(mean)]
+        whole = [common, total(var + ((mean - common) + rest) ** 2) / len(mean)]
     else:
         count = beside(m.count for m in measures)
         n_rows = total(count)
         # The sum is divided, and not its terms, so that it need not wait for the total.
         divisor = jnp.where(n_rows > 0.0, n_rows, 1.0)
         common = total(count * mean) / divisor
-        whole = [common, total(count * (var + (mean - common) ** 2)) / divisor, n_rows]
+        whole = [common, total(count * (var + ((mean - common) + rest) ** 2)) / divisor, n_rows]
     whole = jnp.concatenate(whole)
     result = []
     for measure, size, start in zip(measures, sizes, np.cumsum([0, *sizes]), strict=False):
@@ -103,6 +102,6 @@ def _joined(measures: list[Measure]) -> list[Measure]:
         # sharded, and move pieces of the row between devices.
         at = int(start) + jnp.arange(size)
         fields = jnp.take(whole, at, axis=1, mode="clip").reshape(-1, *measure.mean.shape[1:])
-        equal = () if len(fields) == 3 else (len(measure.mean) * measure.count[0],)
-        result.append(Measure(*fields, *equal))
+        count = fields[2] if len(fields) == 3 else len(measure.mean) * measure.count[0]
+        result.append(Measure(fields[0], fields[1], jnp.zeros_like(fields[0]), count))
     return result

@@ -18,7 +18,7 @@ from jax.extend.core import primitives as prims
 from jax.sharding import PartitionSpec, Sharding
 
 from bnp_optax.capture import groups, views
-from bnp_optax.capture.devices import dimension_axes, n_shards
+from bnp_optax.capture.devices import dimension_axes
 from bnp_optax.capture.jaxprs import is_remat, scan_counts
 from bnp_optax.capture.moments import Weights
 from bnp_optax.capture.uses import Trace, Use
@@ -74,15 +74,14 @@ def evaluate(
 
 def _measured(use: Use, inputs: jax.Array, weights: Weights) -> Measure:
     try:
-        inputs = lax.stop_gradient(inputs)
-        mean, var, share = use.product.measure(inputs, weights, n_shards())
+        mean, var, rest, share = use.product.measure(lax.stop_gradient(inputs), weights)
     except ValueError as error:
         error.add_note(f"This happened at the inputs of `{use.name}`.")
         raise
     # The number of rows may be symbolic, as in `jax.export`.
     count = jnp.asarray(use.product.count).astype(jnp.float32) / len(mean)
     count = count if weights is None else count * share
-    return Measure(mean, var, jnp.reshape(count, (-1,) + (1,) * (mean.ndim - 1)))
+    return Measure(mean, var, rest, jnp.reshape(count, (-1,) + (1,) * (mean.ndim - 1)))
 
 
 def _pulled(use: Use, measure: Measure, read: views.Read) -> Measure:

@@ -16,14 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnp_optax.capture.devices import n_groups
+
 ConvStatistics = Literal["channel", "patch"]
 # Weights of the rows, or None where all rows count alike.
 Weights = jax.Array | None
 # Axes of an array.
 Axes = tuple[int, ...]
-# Mean, variance, and the share of all rows that the weights leave: 1 without weights. All with a
-# leading axis of groups of rows.
-Moments = tuple[jax.Array, jax.Array, Any]
+# Mean, variance, and what the mean lacks of the true one by rounding.
+Stats = tuple[jax.Array, jax.Array, jax.Array]
+# These, and the share of all rows that the weights leave: 1 without weights. All with a leading
+# axis of groups of rows.
+Moments = tuple[jax.Array, jax.Array, jax.Array, Any]
 
 # Sums of fewer float32 numbers keep their digits in any order.
 _MANY_ROWS = 2**14
@@ -44,18 +48,18 @@ class Options:
     embeddings: bool = False
 
 
-@functools.partial(jax.jit, static_argnames=("axis_of", "groups", "options"))
+@functools.partial(jax.jit, static_argnames=("axis_of", "options"))
 def contraction(
-    x: jax.Array, axis_of: Sequence[int | None], weights: Weights, groups: int, options: Options
+    x: jax.Array, axis_of: Sequence[int | None], weights: Weights, options: Options
 ) -> Moments:
     """Moments of `x` for a kernel whose axis i meets the axis `axis_of[i]` of `x`, or none."""
     met = [axis for axis in axis_of if axis is not None]
     rows = tuple(axis for axis in range(x.ndim) if axis not in met)
     order = [0, *(1 + sorted(met).index(axis) for axis in met)]
     absent = tuple(1 + i for i, axis in enumerate(axis_of) if axis is None)
-    mean, var, share = _moments(x, rows, weights, groups, options.sample_rows)
-    mean, var = (jnp.expand_dims(jnp.transpose(stat, order), absent) for stat in (mean, var))
-    return mean, var, share
+    *stats, share = _moments(x, rows, weights, options.sample_rows)
+    mean, var, rest = (jnp.expand_dims(jnp.transpose(stat, order), absent) for stat in stats)
+    return mean, var, rest, share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,17 +91,9 @@ class Window:
         return (at[:, :, None] == inputs[None, None, :]).sum(axis=1)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("features", "groups", "window", "row_groups", "options")
-)
+@functools.partial(jax.jit, static_argnames=("features", "groups", "window", "options"))
 def convolution(
-    x: jax.Array,
-    features: int,
-    groups: int,
-    window: Window,
-    weights: Weights,
-    row_groups: int,
-    options: Options,
+    x: jax.Array, features: int, groups: int, window: Window, weights: Weights, options: Options
 ) -> Moments:
     """Moments of a map `x` (batch, *spatial, channels) for a kernel (*spatial, in, features).
 
@@ -106,11 +102,11 @@ def convolution(
     the shape (*spatial, in, 1). With groups, the last axis has one entry for each feature.
     """
     if options.conv_statistics == "patch":
-        mean, var, share = _patch_moments(x, window, weights, row_groups, options.sample_rows)
+        *stats, share = _patch_moments(x, window, weights, options.sample_rows)
     else:
         axes = tuple(range(x.ndim - 1))
-        mean, var, share = _moments(x, axes, weights, row_groups, options.sample_rows)
-        mean, var = (jnp.expand_dims(stat, tuple(range(1, x.ndim - 1))) for stat in (mean, var))
+        *stats, share = _moments(x, axes, weights, options.sample_rows)
+        stats = [jnp.expand_dims(stat, tuple(range(1, x.ndim - 1))) for stat in stats]
 
     def by_group(stat: jax.Array) -> jax.Array:
         # Output channels come group by group, and each meets the input channels of its group.
@@ -119,58 +115,54 @@ def convolution(
         per_group = jnp.moveaxis(stat.reshape(*stat.shape[:-1], groups, -1), -2, -1)
         return jnp.repeat(per_group, features // groups, axis=-1)
 
-    return by_group(mean), by_group(var), share
+    mean, var, rest = map(by_group, stats)
+    return mean, var, rest, share
 
 
 def lookup(
-    indices: jax.Array,
-    n_rows: int,
-    n_features: int,
-    weights: Weights,
-    groups: int,
-    options: Options,
+    indices: jax.Array, n_rows: int, n_features: int, weights: Weights, options: Options
 ) -> Moments:
     """Moments of one-hot vectors at `indices`, for a table (n_rows, *features).
 
     The mean of a one-hot input is the frequency f of its row, its variance f (1 - f).
     """
 
-    def of_rows(rows: jax.Array, _: Axes, shares: Weights) -> tuple[jax.Array, jax.Array]:
+    def of_rows(rows: jax.Array, _: Axes, shares: Weights) -> Stats:
         shares = jnp.full(rows.size, 1.0 / max(rows.size, 1)) if shares is None else shares
         frequency = jnp.zeros(n_rows, jnp.float32).at[rows.ravel()].add(shares, mode="drop")
         frequency = frequency.reshape(n_rows, *(1,) * n_features)
-        return frequency, frequency * (1.0 - frequency)
+        return frequency, frequency * (1.0 - frequency), jnp.zeros_like(frequency)
 
     axes = tuple(range(indices.ndim))
-    return _by_group(of_rows, indices, axes, weights, groups, options.sample_rows)
+    return _by_group(of_rows, indices, axes, weights, options.sample_rows)
 
 
-def _moments(
-    x: jax.Array, axes: Axes, weights: Weights, groups: int, sample_rows: int | None
-) -> Moments:
+def _moments(x: jax.Array, axes: Axes, weights: Weights, sample_rows: int | None) -> Moments:
     """Mean and biased variance over `axes`, in two passes.
 
     The variance is summed from differences to the mean, which are of the size of the spread.
     """
 
-    def of_rows(rows: jax.Array, axes: Axes, shares: Weights) -> tuple[jax.Array, jax.Array]:
+    def of_rows(rows: jax.Array, axes: Axes, shares: Weights) -> Stats:
         rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
         if any(rows.shape[axis] == 0 for axis in axes):
-            mean = var = jnp.zeros([n for axis, n in enumerate(rows.shape) if axis not in axes])
-        elif shares is None:
+            zeros = jnp.zeros([n for axis, n in enumerate(rows.shape) if axis not in axes])
+            return zeros, zeros, zeros
+        if shares is None:
             mean = _mean(rows, axes)
-            var = jnp.squeeze(_mean((rows - mean) ** 2, axes), axes)
-            mean = jnp.squeeze(mean, axes)
+            var, rest = _mean((rows - mean) ** 2, axes), _mean(rows - mean, axes)
+            mean, var, rest = (jnp.squeeze(stat, axes) for stat in (mean, var, rest))
         else:
             mean = _weighted_sum(shares, rows)
             var = _weighted_sum(shares, (rows - mean[None]) ** 2)
-        return mean.astype(jnp.float32), var.astype(jnp.float32)
+            rest = _weighted_sum(shares, rows - mean[None])
+        return mean.astype(jnp.float32), var.astype(jnp.float32), rest.astype(jnp.float32)
 
-    return _by_group(of_rows, x, axes, weights, groups, sample_rows)
+    return _by_group(of_rows, x, axes, weights, sample_rows)
 
 
 def _patch_moments(
-    x: jax.Array, window: Window, weights: Weights, groups: int, sample_rows: int | None
+    x: jax.Array, window: Window, weights: Weights, sample_rows: int | None
 ) -> Moments:
     """Mean and variance of what each kernel entry meets, zeros of the padding included.
 
@@ -187,7 +179,7 @@ def _patch_moments(
     n_outputs = math.prod(window.outputs)
     inside = jnp.asarray((met / n_outputs)[..., None], jnp.float32)
 
-    def of_rows(x: jax.Array, _: Axes, shares: Weights) -> tuple[jax.Array, jax.Array]:
+    def of_rows(x: jax.Array, _: Axes, shares: Weights) -> Stats:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         of_row = jnp.full(x.shape[0], 1.0 / max(x.shape[0], 1)) if shares is None else shares
         center = jnp.einsum("b,b...->...", of_row, jnp.mean(x, axis=tuple(range(1, x.ndim - 1))))
@@ -210,33 +202,34 @@ def _patch_moments(
         # Entries of the padding are 0, at a distance `mean` from the mean.
         shift = center - mean
         var = second + 2 * shift * first + inside * shift**2 + (1 - inside) * mean**2
-        return mean.astype(jnp.float32), jnp.maximum(var, 0.0).astype(jnp.float32)
+        rest = (inside * center - mean) + first
+        var = jnp.maximum(var, 0.0)
+        return mean.astype(jnp.float32), var.astype(jnp.float32), rest.astype(jnp.float32)
 
-    return _by_group(of_rows, x, (0,), weights, groups, n_examples)
+    return _by_group(of_rows, x, (0,), weights, n_examples)
 
 
 def _by_group(
-    of_rows: Callable[[jax.Array, Axes, Weights], tuple[jax.Array, jax.Array]],
+    of_rows: Callable[[jax.Array, Axes, Weights], Stats],
     x: jax.Array,
     axes: Axes,
     weights: Weights,
-    groups: int,
     n_chosen: int | None,
 ) -> Moments:
     """Moments of each group of rows, as `of_rows(rows, axes, shares)` computes them.
 
     Args:
-      of_rows: Mean and variance over the `axes` of `rows`, whose shares sum to 1 or are equal.
+      of_rows: Their statistics over the `axes` of `rows`, whose shares sum to 1 or are equal.
       x: The inputs.
       axes: Those that the rows run over, in order; the first is cut into groups.
       weights: Of the rows.
-      groups: How many groups there are at most; the largest common divisor is taken.
-      n_chosen: The number of rows to look at, rounded up to as many in each group; None for all.
+      n_chosen: The number of rows to look at; None for all. If it is not less than that of the
+        groups, it is rounded up to as many in each.
     """
     sizes = tuple(x.shape[axis] for axis in axes)
     n_rows = math.prod(sizes)
     flat = None if weights is None else _fitted(weights, sizes).ravel().astype(jnp.float32)
-    groups = _common(groups, sizes)
+    groups = n_groups(x, axes, weights is None and n_chosen is None)
     if n_chosen is not None and n_chosen < groups:
         groups = math.gcd(groups, n_chosen)
     chosen = None
@@ -256,13 +249,6 @@ def _by_group(
     flat = None if flat is None else flat.reshape(groups, -1)
     chosen = None if chosen is None else jnp.asarray(chosen)
     return jax.vmap(of_group, in_axes=(first, 0, 0))(x, flat, chosen)
-
-
-def _common(groups: int, sizes: Sequence[Any]) -> int:
-    """The largest number of equal groups that an axis of the first of `sizes` has in common."""
-    # The size may be symbolic, as in `jax.export`, and no rows are one group of none.
-    is_cut = bool(sizes) and isinstance(sizes[0], int) and 0 not in sizes
-    return math.gcd(groups, sizes[0]) if is_cut else 1
 
 
 def _sample(n_rows: int, n_chosen: int) -> np.ndarray:

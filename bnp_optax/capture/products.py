@@ -20,8 +20,7 @@ class Product:
     Attributes:
       view: Of the parameters; of a convolution's with the axes in the order of a kernel's.
       inputs: The variable that holds the inputs.
-      measure: The moments of such inputs, with weights, in at most so many groups of rows: in the
-        view's layout, with a leading axis of groups.
+      measure: The moments of such inputs, in the view's layout.
       summed: Axes of `view` that are summed over.
       varying: Axes of `view` along which the moments vary.
       batch: Axes of `view` along which there is a product each.
@@ -34,7 +33,7 @@ class Product:
 
     view: View
     inputs: Any
-    measure: Callable[[Any, Weights, int], Moments]
+    measure: Callable[[Any, Weights], Moments]
     summed: Sequence[int]
     varying: Sequence[int]
     batch: Sequence[int]
@@ -66,9 +65,7 @@ def dot_general(eqn: Any, side: int, view: View, options: Options) -> Product | 
     return Product(
         view=view,
         inputs=inputs,
-        measure=lambda x, weights, groups: moments.contraction(
-            x, axis_of, weights, groups, options
-        ),
+        measure=lambda x, weights: moments.contraction(x, axis_of, weights, options),
         summed=tuple(contract[side]),
         varying=tuple(met),
         batch=batch[side],
@@ -100,9 +97,9 @@ def conv(eqn: Any, kernel: View, options: Options) -> Product | str:
     last = len(standard.shape) - 1
     features, positions = standard.shape[last], math.prod(window.outputs)
 
-    def measure(x: Any, weights: Weights, row_groups: int) -> Moments:
+    def measure(x: Any, weights: Weights) -> Moments:
         x = jnp.transpose(x, inputs_first)
-        return moments.convolution(x, features, groups, window, weights, row_groups, options)
+        return moments.convolution(x, features, groups, window, weights, options)
 
     varying = range(last) if options.conv_statistics == "patch" else [last - 1]
     out_axes: list[int | None] = [None] * len(out_shape)
@@ -144,9 +141,7 @@ def patches(found: Product, named: Any, options: Options) -> Product | None:
         found,
         view=kernel,
         inputs=named,
-        measure=lambda x, weights, groups: moments.contraction(
-            x, axis_of, weights, groups, options
-        ),
+        measure=lambda x, weights: moments.contraction(x, axis_of, weights, options),
         summed=range(last),
         varying=(last - 1,),
         out_axes=[None if axis is None else last for axis in found.out_axes],
@@ -171,8 +166,8 @@ def lookup(eqn: Any, table: View, options: Options) -> Product:
     n_rows, n_features = table.shape[0], len(table.shape) - 1
     indices = eqn.invars[1]
 
-    def measure(x: jax.Array, weights: Weights, groups: int) -> Moments:
-        return moments.lookup(x, n_rows, n_features, weights, groups, options)
+    def measure(x: jax.Array, weights: Weights) -> Moments:
+        return moments.lookup(x, n_rows, n_features, weights, options)
 
     return Product(
         view=table,
