@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from bnp_optax._checks import (
     check_above_one,
@@ -241,10 +241,10 @@ def _vector(*numbers: ArrayLike) -> Array:
     return jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers])
 
 
-def _bits(layer: Layer) -> Int[Array, ""]:
+def _bits(layer: Layer) -> Float[Array, ""]:
     """The input axes, as `BNPState.inputs` has them."""
     axes = {axis % len(layer.kernel_shape) for axis in layer.input_axes}
-    return jnp.asarray(sum(1 << axis for axis in axes), jnp.int32)
+    return jnp.asarray(sum(1 << axis for axis in axes), jnp.float32)
 
 
 def _may_vary_elsewhere(layer: Layer, layers: Layers | None) -> bool:

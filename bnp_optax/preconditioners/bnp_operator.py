@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from bnp_optax._explicit import fitted
 from bnp_optax._tree import named_leaves, quoted, replace_leaves
@@ -56,7 +56,7 @@ class Scaling(NamedTuple):
     mean: Array | None
     diagonal: Array
     inv_q: Float[Array, ""]
-    inputs: Int[Array, ""] | None
+    inputs: Float[Array, ""] | None
 
 
 def scalings(state: BNPState) -> dict[str, Scaling]:
@@ -83,7 +83,7 @@ def bnp_states(state: Any) -> list[BNPState]:
     return [node for node in jax.tree.leaves(state, is_leaf=is_bnp) if is_bnp(node)]
 
 
-def over_inputs(reduce: Callable[..., Array], x: Array, inputs: Int[Array, ""] | None) -> Array:
+def over_inputs(reduce: Callable[..., Array], x: Array, inputs: Float[Array, ""] | None) -> Array:
     """`reduce` of `x` over the axes that `inputs` says, for each group or stacked layer apart.
 
     They are known only with the statistics: a kernel with three axes and no bias may be that of
@@ -93,7 +93,9 @@ def over_inputs(reduce: Callable[..., Array], x: Array, inputs: Int[Array, ""] |
         return reduce(x)
     for axis, size in enumerate(x.shape):
         if size > 1:
-            x = jnp.where((inputs >> axis) & 1, reduce(x, axis=axis, keepdims=True), x)
+            x = jnp.where(
+                (inputs.astype(jnp.int32) >> axis) & 1, reduce(x, axis=axis, keepdims=True), x
+            )
     return x
 
 
