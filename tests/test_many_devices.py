@@ -1,13 +1,14 @@
 """Training on eight devices, in every mode of JAX, ends where training on one device does."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
 import bnp_optax
-from benchmarks import scale_modes
+from benchmarks import scale, scale_modes
 from benchmarks.scale_modes import BATCH, MODES, OPTIMIZERS, error, one_device, reference, train
 
 # An update that is not made, or statistics of one device's share of the rows, are 1e-2 or more.
@@ -46,3 +47,25 @@ def test_one_device_s_batch_size_gives_another_q(mode):
     sgd = dataclasses.replace(OPTIMIZERS["bnp_sgd"], make=lambda: bnp_optax.bnp_sgd(0.1))
     assert error(train(MODES[mode](sgd, False)), train(one_device(sgd))) > 1e-2
     assert error(train(MODES["auto, data"](sgd, False)), train(one_device(sgd))) < TOLERANCE
+
+
+def test_a_step_is_compiled_once():
+    """The state starts in the types and shardings that it keeps."""
+    for mode in ("explicit, rows", "explicit, FSDP"):
+        training = MODES[mode](OPTIMIZERS["bnp_adam"], False)
+        start = training.carry
+        train(training)
+        for before, after in zip(*map(jax.tree.leaves, (start, training.carry)), strict=True):
+            assert jax.typeof(before) == jax.typeof(after)
+            assert before.sharding == after.sharding
+
+
+def test_the_benchmark_writes_what_it_measures(tmp_path):
+    file = tmp_path / "scale.json"
+    assert scale.main(output=file, modes=("explicit, rows",)) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["optimizer"] for row in rows] == list(OPTIMIZERS)
+    assert all(row["collectives"] > row["plain_collectives"] > 0 for row in rows)
+    assert scale.failures(rows, 0.0)
+    assert not scale.failures(rows, TOLERANCE)
+    assert scale.main(output=file, modes=("none",)) == 2
