@@ -191,7 +191,8 @@ def test_a_sample_is_as_large_on_every_device(n_rows):
     np.fill_diagonal(x, 1.0)
     mean = np.ravel(measured(dense, (64, 3), x, sample_rows=n_rows).mean)
     taken = np.flatnonzero(mean)
-    assert len(taken) == {2: 2, 8: 8, 10: 12}[n_rows]
+    n_devices = jax.device_count()
+    assert len(taken) == (n_rows if n_rows < n_devices else -(-n_rows // n_devices) * n_devices)
     np.testing.assert_allclose(mean[taken], 1 / len(taken), rtol=1e-6)
     assert {len(taken) // 4 or 1} == {np.sum(taken // 16 == d) for d in set(taken // 16)}
 

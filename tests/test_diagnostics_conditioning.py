@@ -109,9 +109,9 @@ def test_conditioning_of_stacked_layers_and_groups_is_that_of_the_worst():
     sigma = np.array([[1.0, 2.0, 8.0], [1000.0, 1000.0, 2000.0]])[..., None]
 
     def state_of(var, inputs, mean):
-        one, bits = jnp.ones(1, jnp.int32), jnp.asarray([sum(1 << axis for axis in inputs)])
-        trees = {"kernel": mean}, {"kernel": jnp.asarray(var)}
-        return bnp_optax.BNPState(*trees, 2.0 * one, bits, one, 0 * one, jnp.zeros(2))
+        bits = jnp.float32(sum(1 << axis for axis in inputs))
+        fields = (mean, jnp.asarray(var), jnp.array([0.5, 1.0, 0.0, 1.0]), bits)
+        return bnp_optax.BNPState(*({"kernel": field} for field in fields), jnp.zeros(2))
 
     stacked = state_of(sigma**2, (1,), jnp.zeros((2, 3, 1)))
     # The bias's 1 is an entry of D too: 1/1 to 1/8, and 1 to 1/2000.

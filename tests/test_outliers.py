@@ -103,7 +103,8 @@ ORDINARY = {
 def test_ordinary_inputs_never_meet_the_bound(data, n_rows):
     x = ORDINARY[data](np.random.default_rng(1), (1200, n_rows, N_INPUTS)).astype(np.float32)
     for got, want in zip(trained()(x), trained(max_ratio=None)(x), strict=True):
-        np.testing.assert_array_equal(got, want)
+        # The bound is another program, which XLA may round differently.
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6 * np.abs(want).max())
 
 
 def test_a_batch_enters_up_to_the_bound():

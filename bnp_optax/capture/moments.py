@@ -31,6 +31,7 @@ Moments = tuple[jax.Array, jax.Array, jax.Array, Any]
 
 # Sums of fewer float32 numbers keep their digits in any order.
 _MANY_ROWS = 2**14
+_MANY_WEIGHTED_ROWS = 2**10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,8 +331,11 @@ def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _weighted_sum(shares: jax.Array, rows: jax.Array) -> jax.Array:
-    """The sum of rows times their shares; of many rows in parts, for one long sum loses digits."""
-    if not _are_many(len(shares)):
+    """The sum of rows times their shares; of many rows in parts, for one long sum loses digits.
+
+    Of fewer rows than where all count alike: in a group of rows it is a plain loop on the CPU.
+    """
+    if isinstance(len(shares), int) and len(shares) <= _MANY_WEIGHTED_ROWS:
         return jnp.tensordot(shares, rows, 1, precision="highest")
     parts = math.isqrt(len(shares) - 1) + 1
     rest = parts**2 - len(shares)

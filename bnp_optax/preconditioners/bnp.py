@@ -202,7 +202,9 @@ def bnp(
             return state
         old = BNPState._make([*map(named_leaves, state[:-1]), state.eps])
         _check_same_layers(matched, old.var)
-        new = BNPState({}, {}, {}, {}, eps())
+        # Both are needed, or a donated state would not be donated whole.
+        new_eps, _ = jax.lax.optimization_barrier((eps(), old.eps))
+        new = BNPState({}, {}, {}, {}, new_eps)
         for name, (layer, stats) in matched.items():
             stats = jax.lax.stop_gradient(stats)
             mean = _widened(old.mean[name], stats) if name in old.mean else None
