@@ -24,6 +24,7 @@ from bnp_optax.preconditioners import (
     rms,
 )
 from bnp_optax.sharding import state_sharding
+from bnp_optax.start import start_in_zspace
 from bnp_optax.statistics import Layer, LayerStats
 from bnp_optax.training import TrainState
 from bnp_optax.transforms import (
@@ -78,6 +79,7 @@ __all__ = [
     "proximal_l1",
     "pspace_weight_decay",
     "rms",
+    "start_in_zspace",
     "state_sharding",
     "summarize",
     "value_and_grad",

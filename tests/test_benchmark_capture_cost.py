@@ -49,15 +49,10 @@ def test_arrays_in_the_state_of_a_transformer():
     assert ours <= 1.6 * adams
 
 
-def test_the_whole_benchmark_on_small_networks(tmp_path, monkeypatch, capsys):
-    small = {
-        "ResNet-38": classification(CifarResNet(8), (2, 8, 8, 3)),
-        "transformer": transformer(1, 16, False),
-        "mlp": mlp(2, 8),
-    }
-    monkeypatch.setattr(capture_cost, "transformer", lambda *_, **__: small["transformer"])
-    monkeypatch.setattr(capture_cost, "classification", lambda *_: small["ResNet-38"])
-    monkeypatch.setattr(capture_cost, "mlp", lambda *_: small["mlp"])
+def test_the_whole_benchmark_on_a_small_network(tmp_path, monkeypatch, capsys):
+    small = mlp(1, 4)
+    for name in ("transformer", "classification", "mlp"):
+        monkeypatch.setattr(capture_cost, name, lambda *_, **__: small)
     out = tmp_path / "cost.json"
     capture_cost.main(Config(turns=1, compiled_turns=1, steps=1, out=out))
     results = json.loads(out.read_text())["results"]
