@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint notebooks clean
+.PHONY: demo test test-all lint notebooks clean
 
 demo: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.demo $(ARGS)
 
 test: $(VENV)/installed-test
+	$(BIN)/python -m pytest --numprocesses auto -m 'not slow' $(ARGS)
+
+test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 lint: $(VENV)/installed-dev

@@ -49,6 +49,7 @@ def test_arrays_in_the_state_of_a_transformer():
     assert ours <= 1.6 * adams
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark_on_a_small_network(tmp_path, monkeypatch, capsys):
     small = mlp(1, 4)
     for name in ("transformer", "classification", "mlp"):

@@ -283,6 +283,7 @@ COMMAND = [
 ]
 
 
+@pytest.mark.slow
 def test_a_contest_killed_again_and_again_ends_with_the_same_numbers(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*COMMAND, str(whole)], cwd=ROOT, check=True, capture_output=True)

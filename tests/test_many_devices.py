@@ -15,7 +15,14 @@ from benchmarks.scale_modes import BATCH, MODES, OPTIMIZERS, error, one_device, 
 TOLERANCE = 1e-6
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+# Where one optimizer in z ends right, others hardly end wrong.
+FIRST = {"bnp_adam", "zspace_grad_reg"}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS],
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_ends_where_one_device_does(mode, optimizer):
     training = MODES[mode](OPTIMIZERS[optimizer], False)
