@@ -16,11 +16,11 @@ def metrics(opt_state: Any, layers: Layers | None = None) -> dict[str, Array]:
 
     * `layers_never_seen`: covered layers of which no statistics have entered, so that P is the
       identity there: a layer that did not run, or whose statistics were all rejected.
-    * `batches_rejected`: batches times layers whose statistics were not finite. Those that were
-      bounded by `max_ratio` have entered.
+    * `batches_rejected`: batches times layers whose statistics were not finite or had a negative
+      variance. Those that were bounded by `max_ratio` have entered.
     * `kappa_max`: the largest kappa(D) of a layer.
-    * `kappa/<kernel>`, `q/<kernel>`: kappa(D) and q of each layer; q is
-      that of the largest batch so far.
+    * `kappa/<kernel>`, `q/<kernel>`: kappa(D) >= 1 and q of each layer; q is that of the largest
+      batch so far.
 
     Args:
       opt_state: The state of an optimizer, in which every `BNPState` is found, or a `TrainState`.

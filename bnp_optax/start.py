@@ -34,13 +34,13 @@ def start_in_zspace(
 
     Args:
       loss_fn: The loss, `loss_fn(params, *batch)`, in any framework.
-      params: The usual initial values.
+      params: The usual initial values, arrays in any tree.
       batches: The data, or a part of it: tuples of arguments of the loss, or single ones.
 
     Returns:
-      The parameters to start from, and the statistics of the layers that were changed. Constant
-      inputs are divided by their size. Layers without a bias are divided by the root mean square
-      of their inputs, and not centered.
+      The parameters to start from, in the tree of `params`, and the statistics of the layers that
+      were changed, by kernel. Constant inputs are divided by their size. Layers without a bias are
+      divided by the root mean square of their inputs, and not centered.
 
     Raises:
       ValueError: If there is no batch, or no layer whose inputs are the data's alone.
