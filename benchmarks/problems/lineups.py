@@ -56,3 +56,17 @@ TRANSFORMER = (
     "muon_z",
     "adamw_z_ln",
 )
+
+# Problems on which nothing of the library was chosen: what its defaults replace, their rivals, and
+# the paper's options.
+HELD_OUT = (
+    "sgd",
+    "adam",
+    "adamw",
+    "batchnorm_adam",
+    "layernorm_adam",
+    "bnp_sgd",
+    "adam_z",
+    "adamw_z",
+)
+HELD_OUT_TEXT = ("sgd", "adam", "adamw", "layernorm_adamw", "bnp_sgd", "adam_z", "adamw_z")
