@@ -4,12 +4,14 @@ The oracle has no recursion. It weights the rows of all batches, takes their mea
 about it, and the sum of the squared weights, in float64.
 """
 
+import inspect
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracles
 import pytest
 from bnp_cases import CASES, assert_close, assert_trees_close, train
@@ -44,8 +46,10 @@ def matrix(mean, var, window, inv_size, options, q2, has_bias):
     var = var + (mean - weight * mean) ** 2
     var = weight * var + (1 - weight) * var.mean()
     sigma2 = np.kron(var + options["eps_rel"] * var.mean() + options["eps_abs"], np.ones(window))
-    center = oracles.centering_matrix(np.kron(weight * mean, np.ones(window)))
-    scale = oracles.scaling_matrix(sigma2)
+    mean = np.kron(weight * mean, np.ones(window))
+    center, scale = oracles.centering_matrix(mean), oracles.scaling_matrix(sigma2)
+    if options["scale_bias"]:
+        scale[0, 0] = math.sqrt(1 + mean @ mean)
     return (center @ scale if has_bias else scale[1:, 1:]) / math.sqrt(q2)
 
 
@@ -57,46 +61,59 @@ def q_squared(case, params, positions, examples, scale):
     return {n: max(fan_in[n] / examples, math.sqrt(positions[n])) for n in fan_in}
 
 
+def want_of(case, params, x, y, rows, options, scale):
+    """The preconditioned gradients; `rows` has the inputs of all batches so far, by layer."""
+    seen, want = oracles.gradients(case.layers, params, x, y), {}
+    positions = {name: of_layer.positions for name, of_layer in seen.items()}
+    for layer in case.layers:
+        inputs = seen[layer.name].inputs
+        rows.setdefault(layer.name, []).append(inputs.reshape(-1, inputs.shape[-1]))
+    # Rows of a sequence are examples; those of one image are not.
+    examples = {
+        layer.name: len(x) if isinstance(layer, oracles.Conv) else len(rows[layer.name][-1])
+        for layer in case.layers
+    }
+    q2 = q_squared(case, params, positions, max(examples.values()), scale)
+    for name, of_layer in seen.items():
+        has_bias = of_layer.grad_bias is not None
+        mean, var = pooled(rows[name], options["decay"], has_bias)
+        squares = (batch_weights(len(rows[name]), options["decay"]) ** 2).sum()
+        inv_size = squares / (examples[name] * math.sqrt(positions[name]))
+        *window, width, units = of_layer.grad_kernel.shape
+        groups = len(mean) // width
+        squared = []
+        for group in np.arange(groups):
+            part = slice(group * width, (group + 1) * width)
+            size = (math.prod(window), inv_size)
+            P = matrix(mean[part], var[part], *size, options, q2[name], has_bias)
+            squared.append(P @ P.T)
+        kernel, bias = oracles.by_unit(
+            lambda unit, squared=squared, each=units // groups: squared[unit // each],
+            of_layer.grad_kernel,
+            of_layer.grad_bias,
+        )
+        want[name] = {"kernel": kernel, "bias": bias} if has_bias else {"kernel": kernel}
+    return want
+
+
 @pytest.mark.parametrize("scale", [True, "network"])
 @pytest.mark.parametrize("decay", [0.99, 0.5])
 @pytest.mark.parametrize(
     "name",
-    ["dense", "dense_one_example", "dense_on_sequences", "dense_without_bias"]
-    + ["conv_strided", "conv_grouped", "conv_grouped_without_bias", "cnn"],
+    [
+        *("dense", "dense_one_example", "dense_on_sequences", "dense_without_bias"),
+        *("conv_strided", "conv_grouped", "conv_grouped_without_bias", "cnn"),
+    ],
 )
 def test_shrinkage_follows_the_oracle(name, decay, scale):
     options = {"shrinkage": K, "eps_rel": EPS_REL, "eps_abs": EPS_ABS, "decay": decay}
-    tx = bnp_optax.bnp_precondition(scale=scale, **options)
-    case, rows = CASES[name], {}
-    for params, x, y, updates in train(name, tx):
-        seen, want = oracles.gradients(case.layers, params, x, y), {}
-        n = {at: s.inputs.size // s.inputs.shape[-1] for at, s in seen.items()}
-        examples = {
-            layer.name: len(x) if isinstance(layer, oracles.Conv) else n[layer.name]
-            for layer in case.layers
-        }
-        positions = {at: s.positions for at, s in seen.items()}
-        q2 = q_squared(case, params, positions, max(examples.values()), scale)
-        for at, s in seen.items():
-            rows.setdefault(at, []).append(s.inputs.reshape(-1, s.inputs.shape[-1]))
-            mean, var = pooled(rows[at], decay, s.grad_bias is not None)
-            squares = (batch_weights(len(rows[at]), decay) ** 2).sum()
-            inv_size = squares / (examples[at] * math.sqrt(s.positions))
-            *window, width, units = s.grad_kernel.shape
-
-            def squared_matrix(unit, mean=mean, var=var, s=s, at=at, inv_size=inv_size):
-                *window, width, units = s.grad_kernel.shape
-                first = width * (unit // (units // (len(mean) // width)))
-                part = slice(first, first + width)
-                P = matrix(
-                    *(mean[part], var[part], math.prod(window), inv_size, options, q2[at]),
-                    has_bias=s.grad_bias is not None,
-                )
-                return P @ P.T
-
-            kernel, bias = oracles.by_unit(squared_matrix, s.grad_kernel, s.grad_bias)
-            want[at] = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
+    options["scale_bias"] = scale != "network"
+    rows, compared = {}, 0
+    for params, x, y, updates in train(name, bnp_optax.bnp_precondition(scale=scale, **options)):
+        want = want_of(CASES[name], params, x, y, rows, options, scale)
         assert_trees_close(updates, want)
+        compared += 1
+    assert compared >= 6
 
 
 def dense_setting(x):
@@ -198,3 +215,27 @@ def test_one_q_for_stacked_layers_as_for_the_same_layers_apart():
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         bnp_optax.bnp(**options)
+
+
+def test_ready_made_optimizers_take_these_options():
+    defaults = {
+        name: p.default for name, p in inspect.signature(bnp_optax.bnp_adam).parameters.items()
+    }
+    assert defaults["shrinkage"] == K
+    assert defaults["scale_bias"] is True
+    x = jax.random.normal(jax.random.key(0), (6, 3)) * 5 + 7
+    loss_fn, params = dense_setting(x)
+    _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params, x)
+
+    def updates_of(tx):
+        return tx.update(grads, tx.init(params), params, layer_stats=stats)[0]
+
+    options = {name: defaults[name] for name in inspect.signature(bnp_optax.bnp).parameters}
+    want = updates_of(bnp_optax.in_zspace(optax.adam(1e-3), bnp_optax.bnp(**options)))
+    assert_trees_close(updates_of(bnp_optax.bnp_adam(1e-3)), want)
+    papers = updates_of(bnp_optax.in_zspace(optax.adam(1e-3), bnp_optax.bnp()))
+    assert not np.allclose(papers["kernel"], want["kernel"], rtol=0.1)
+    overridden = bnp_optax.bnp_adam(
+        1e-3, shrinkage=None, scale_bias=False, eps_rel=1e-2, eps_abs=1e-4
+    )
+    assert_trees_close(updates_of(overridden), papers)

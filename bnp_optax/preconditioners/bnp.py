@@ -40,6 +40,7 @@ def bnp(
     warm_start: bool = False,
     variance: Variance = "auto",
     shrinkage: ArrayLike | None = None,
+    scale_bias: bool = False,
     batch_size: ArrayLike | None = None,
     max_ratio: ArrayLike | None = 1e4,
     layers: Layers | None = None,
@@ -64,20 +65,43 @@ def bnp(
     centered: there sigma^2 is the mean square of the inputs, so that D divides by the column norms.
     Parameters that are no layer's kernel or bias are left as they are.
 
+    With `shrinkage` = k the running statistics are those of the data from the first batch on, and
+    count for as much as they have seen. For the batch after t others, and with p positions,
+
+        r = max(1 - decay, 1 / (t + 1)),   d = mu_H - mu,
+        sigma^2 <- (1 - r) (sigma^2 + r d^2) + r sigma_H^2,   mu <- mu + r d,
+        c <- (1 - r)^2 c + r^2 / (N sqrt(p)),   w = 1 / (1 + k c),
+        u = sigma^2 + (1 - w)^2 mu^2,   v = w u + (1 - w) mean(u),
+        sigma~^2 = v + eps_rel mean(v) + eps_abs,
+
+    and P is centered about w mu: 1 / c examples are what the running statistics are worth, to which
+    k more come with mean 0 and the variance that the unit's inputs have on average.
+
     Args:
       decay: rho in [0, 1), of the running statistics.
-      eps_rel: epsilon_1 >= 0, floor of the variance relative to the layer's largest. Inputs more
+      eps_rel: epsilon_1 >= 0, floor of the variance relative to the layer's largest, or with
+        `shrinkage` to its mean. Inputs more
         than 1 / sqrt(eps_rel) times smaller than the largest, 10 times by default, are not scaled
         up any further. Raw features of very different scale need less; 10 leaves hardly more than
         the centering and one scale a layer.
       eps_abs: epsilon_2 >= 0, absolute floor of the variance.
       scale: Whether to divide by q. It balances the layers for a plain gradient step; with an
         adaptive optimizer in z it divides the learning rate, which pays with Adam and not with
-        Muon. With SGD, False may do better where n is much larger than N.
+        Muon. `'network'` has one q for all layers, q^2 = max(sum(n) / (30 N), sqrt(positions)),
+        the sum over the layers and with the most positions of one: for SGD, so that one learning
+        rate suits networks and batches of different sizes.
       warm_start: Start the running statistics with the first batch's instead of 0 and 1. It pays
         in short runs, of a few times 1 / (1 - decay) steps, on batches large enough to tell.
       variance: `'batch'` takes the variance about the batch's mean, `'running'` about the running
         mean; `'auto'` does so where the layer saw a single row, whose own variance is 0.
+      shrinkage: k >= 0, as above; None for the paper's running statistics, from mu = 0, sigma = 1.
+        At batch size 1 it takes several examples to tell the inputs of a layer apart; k of about
+        10 waits for them. `warm_start` and `variance` then say nothing.
+      scale_bias: Whether D has beta = sqrt(1 + sum(mu^2)) for the bias instead of 1, the sum over
+        the unit's inputs. An optimizer whose steps are of one size, such as Adam, then moves the
+        unit's mean response as far as a step of random signs in p does, and finds its way from
+        initial values that raw inputs of large means put far off. With a plain gradient step,
+        which grows with beta^2, it diverges.
       batch_size: N in q, where the statistics do not know it, such as those of one shard. None
         takes the largest that they had so far: after a change to smaller batches for good, give
         theirs.
@@ -124,7 +148,8 @@ def bnp(
 
     Source: Lange, Helfrich, Ye, "Batch Normalization Preconditioning for Neural Network Training",
     JMLR 2022, (12), (15), (23), Algorithms 2 and 3; Ye, "Preconditioning for Accelerated Gradient
-    Descent Optimization and Regularization", Theorem 2, for layers without a bias.
+    Descent Optimization and Regularization", Theorem 2, for layers without a bias. The bias
+    correction is that of Kingma and Ba, "Adam", ICLR 2015, for running means.
     """
     check_fraction("decay", decay)
     check_non_negative("eps_rel", eps_rel)
@@ -208,7 +233,7 @@ def bnp(
                 new.inputs[name] = jnp.where(seen, bits, old.inputs.get(name, bits))
         return BNPState._make([*map(replace_leaves, state[:-1], new[:-1]), new.eps])
 
-    return Preconditioner(init, update, lambda state: BNPOperator(state, layers))
+    return Preconditioner(init, update, lambda state: BNPOperator(state, layers, scale_bias))
 
 
 def _at(tree: Any, arrays: dict[str, Array]) -> Any:

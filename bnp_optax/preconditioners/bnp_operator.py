@@ -127,9 +127,10 @@ def over_inputs(reduce: Callable[..., Array], x: Array, inputs: Float[Array, ""]
 class BNPOperator(Operator):
     """P = U D / q in every layer, the identity elsewhere."""
 
-    def __init__(self, state: BNPState, layers: Layers | None) -> None:
+    def __init__(self, state: BNPState, layers: Layers | None, scale_bias: bool = False) -> None:
         self._scalings = scalings(state)
         self._layers = layers
+        self._scale_bias = scale_bias
 
     def mv(self, z: Any) -> Any:
         """P z."""
@@ -159,7 +160,10 @@ class BNPOperator(Operator):
             else:
                 bias = leaves[layer.bias]
                 aligned = fitted(layer.align_bias(bias.astype(dtype)), w)
-                w, b = function(w, aligned, fitted(scaling.mean, w), s, s_b)
+                mean = fitted(scaling.mean, w)
+                if self._scale_bias:
+                    s_b = s_b * jnp.sqrt(1.0 + centering.squared_length(mean, w, aligned))
+                w, b = function(w, aligned, mean, s, s_b)
                 restored = layer.restore_bias(b, bias.shape).astype(bias.dtype)
                 new[layer.bias] = fitted(restored, bias)
             new[name] = w.astype(leaves[name].dtype)
