@@ -18,7 +18,7 @@ SGD_OPTIONS: BNPOptions = {
     "shrinkage": 10.0,
 }
 ADAM_OPTIONS: BNPOptions = {
-    "eps_rel": 0.1,
+    "eps_rel": 0.3,
     "eps_abs": 1e-8,
     "shrinkage": 10.0,
     "scale_bias": True,

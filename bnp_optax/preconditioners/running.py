@@ -102,15 +102,12 @@ def moved(
         weights = _Weights(jnp.minimum(decay, 1.0 - first), jnp.maximum(rate, first))
     bound = _bound(max_ratio, n_entered, largest_var)
     mean, var = _mean_and_var(old, batch, weights, bound, rule)
-    if batch_size is None:
-        n = jnp.maximum(batch.size, largest)
-    else:
-        n = jnp.asarray(batch_size, jnp.float32)
-    n = entered(n, largest)
+    size = batch.size if batch_size is None else jnp.asarray(batch_size, jnp.float32)
+    n = entered(jnp.maximum(size, largest) if batch_size is None else size, largest)
     numbers = [_inv_q(n, inv_q, accept, rule), n_entered + accept, n_rejected + reject, n]
     if spread:
         # Of N p rows that share a batch, those of one example are alike: as sqrt(p) examples.
-        of_batch = 1.0 / (batch.size * math.sqrt(rule.positions))
+        of_batch = 1.0 / (size * math.sqrt(rule.positions))
         numbers.append(entered(weights.old**2 * spread[0] + weights.new**2 * of_batch, spread[0]))
     new_mean = None if old.mean is None or mean is None else entered(mean, old.mean)
     return Running(new_mean, entered(var, old.var), jnp.stack(numbers))
