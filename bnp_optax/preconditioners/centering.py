@@ -53,6 +53,7 @@ def gram(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
     return s**2 * (w - mu * b), s_b**2 * b - (_dot(mu * s**2, w, b.shape) - square * b)
 
 
+@jax.jit
 def squared_length(c: Stats, w: Kernel, b: Float[Array, "..."]) -> Float[Array, "..."]:
     """Sum of c^2 over the inputs of a unit; c broadcasts against w, and the result against b."""
     axes = tuple(axis for axis, size in enumerate(b.shape) if size == 1)
