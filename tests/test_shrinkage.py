@@ -144,14 +144,14 @@ def test_first_hundred_batches_count_alike(batch_size):
     whole = np.concatenate(batches).astype(np.float64)
     assert_close(state.mean["kernel"].ravel(), whole.mean(0))
     assert_close(state.var["kernel"].ravel(), whole.var(0))
-    assert float(state.numbers["kernel"][4]) == pytest.approx(1 / len(whole), rel=1e-5)
+    assert float(state.numbers["kernel"][5]) == pytest.approx(1 / len(whole), rel=1e-5)
 
 
 def test_without_shrinkage_the_state_has_no_sample_size():
     *_, state = states(bnp_optax.bnp(), [jnp.ones((4, 3))])
-    assert state.numbers["kernel"].shape == (4,)
-    *_, state = states(bnp_optax.bnp(shrinkage=0.0), [jnp.ones((4, 3))])
     assert state.numbers["kernel"].shape == (5,)
+    *_, state = states(bnp_optax.bnp(shrinkage=0.0), [jnp.ones((4, 3))])
+    assert state.numbers["kernel"].shape == (6,)
 
 
 def test_one_example_is_scaled_by_the_layer_alone():
@@ -167,7 +167,7 @@ def test_a_rejected_batch_changes_nothing():
     one, two = states(bnp_optax.bnp(shrinkage=K), [good, bad])
     for field in ("mean", "var"):
         np.testing.assert_array_equal(*(getattr(s, field)["kernel"] for s in (one, two)))
-    np.testing.assert_array_equal(one.numbers["kernel"][4], two.numbers["kernel"][4])
+    np.testing.assert_array_equal(one.numbers["kernel"][5], two.numbers["kernel"][5])
     assert two.numbers["kernel"][1:3].tolist() == [1.0, 1.0]
 
 

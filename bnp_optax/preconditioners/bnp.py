@@ -165,8 +165,8 @@ def bnp(
     def eps() -> Array:
         return _vector(eps_rel, eps_abs, *([] if shrinkage is None else [shrinkage]))
 
-    # 1 / q, entered, rejected, N; and of which no batch is, an example's worth, 1.
-    numbers = (1.0, 0.0, 0.0, 0.0) if shrinkage is None else (1.0, 0.0, 0.0, 0.0, 1.0)
+    # As `BNPState` has them. The start, mean 0 and variance 1, is worth one example.
+    numbers = (1.0, 0.0, 0.0, 0.0, 1.0, *([] if shrinkage is None else [1.0]))
 
     def init(params: Any) -> BNPState:
         found, leaves = layers_of(params, layers), named_leaves(params)

@@ -28,10 +28,11 @@ class BNPState(NamedTuple):
       mean: At kernels with a bias, the running mean mu, which broadcasts against the kernel.
       var: At all kernels, the running variance sigma^2, of the same shape; the mean square where
         there is no bias.
-      numbers: At all kernels, four numbers: 1 / q, 1 before the first statistics; how many batches
+      numbers: At all kernels, five numbers: 1 / q, 1 before the first statistics; how many batches
         entered the running statistics; how many did not, as they were not finite or had a negative
-        variance; and N, the largest of those that entered, or `batch_size`. With `shrinkage` a
-        fifth: c, where 1 / c examples are what the running statistics are worth.
+        variance; N, the largest of those that entered, or `batch_size`; and the largest running
+        variance, which the next step and this one's floor both need. With `shrinkage` a sixth: c,
+        where 1 / c examples are what the running statistics are worth.
       inputs: At kernels whose statistics vary along an axis that is not summed over, such as that
         of stacked layers, or may do so: the axes that are, where bit i stands for axis i.
       eps: `eps_rel` and `eps_abs`, by which sigma~ exceeds sigma; and `shrinkage`, if any.
@@ -69,10 +70,11 @@ def scalings(state: BNPState) -> dict[str, Scaling]:
         inv_q, entered, *_ = numbers[name]
         mean = means.get(name)
         if len(state.eps) > 2:
-            mean, floored = shrunk(mean, var, axes, numbers[name][4], state.eps)
+            mean, floored = shrunk(mean, var, axes, numbers[name][5], state.eps)
         else:
             # Step 3.
-            floored = var + state.eps[0] * over_inputs(jnp.max, var, axes) + state.eps[1]
+            largest = numbers[name][4] if axes is None else over_inputs(jnp.max, var, axes)
+            floored = var + state.eps[0] * largest + state.eps[1]
         diagonal = jnp.where(entered > 0, jax.lax.rsqrt(floored), 1.0)
         return Scaling(mean, diagonal, inv_q, axes)
 

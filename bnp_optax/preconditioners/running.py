@@ -84,14 +84,7 @@ def moved(
       batch_size: As in `bnp`.
       rule: As `Rule` says.
     """
-    inv_q, n_entered, n_rejected, largest, *spread = old.numbers
-    valid, largest_var = _validity_and_largest(batch, old.var)
-    accept = valid & (batch.count > 0.0)
-    reject = ~valid & (batch.count != 0.0)
-
-    def entered(new: Array, old: Array) -> Array:
-        return jnp.where(accept, new, old).astype(old.dtype)
-
+    inv_q, n_entered, n_rejected, largest, largest_var, *spread = old.numbers
     first = None
     if rule.shrinks:
         first = 1.0 / (n_entered + 1.0)
@@ -102,9 +95,17 @@ def moved(
         weights = _Weights(jnp.minimum(decay, 1.0 - first), jnp.maximum(rate, first))
     bound = _bound(max_ratio, n_entered, largest_var)
     mean, var = _mean_and_var(old, batch, weights, bound, rule)
+    valid, new_largest_var = _validity_and_largest(batch, var)
+    accept = valid & (batch.count > 0.0)
+    reject = ~valid & (batch.count != 0.0)
+
+    def entered(new: Array, old: Array) -> Array:
+        return jnp.where(accept, new, old).astype(old.dtype)
+
     size = batch.size if batch_size is None else jnp.asarray(batch_size, jnp.float32)
     n = entered(jnp.maximum(size, largest) if batch_size is None else size, largest)
     numbers = [_inv_q(n, inv_q, accept, rule), n_entered + accept, n_rejected + reject, n]
+    numbers.append(entered(new_largest_var, largest_var))
     if spread:
         # Of N p rows that share a batch, those of one example are alike: as sqrt(p) examples.
         of_batch = 1.0 / (size * math.sqrt(rule.positions))
@@ -167,7 +168,7 @@ def _inv_q(n: Array, old: Array, accept: Array, rule: Rule) -> Array:
 
 
 def _validity_and_largest(batch: Batch, var: Array) -> tuple[Bool[Array, ""], Float[Array, ""]]:
-    """Whether statistics may enter the running ones, and the largest running variance.
+    """Whether statistics may enter the running ones, and the largest variance that then results.
 
     They may if all numbers are finite, also after they have entered, and no variance is negative.
     0 x is 0 for finite x and NaN otherwise. The largest number that enters is less than
