@@ -1,9 +1,4 @@
-"""What documented learning rates cost beside tuned ones, and defaults beside what they replace.
-
-Every search starts at the method's documented rate, so that it is among those that were tried. The
-regret is the best validation score of the search less the one there, in points of a hundred; a
-score below that of a constant guess, 0, counts as 0.
-"""
+"""What documented learning rates cost beside tuned ones, and defaults beside what they replace."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,6 +18,12 @@ REPLACES = {
     "ready_adam": ("adam", "adam_z"),
     "ready_adamw": ("adamw", "adamw_z"),
 }
+NOTE = """\
+Every search starts at the method's documented rate, so that it is among those that were tried. The
+regret is the best validation score of the search less the one there, in points of a hundred; a
+score below that of a constant guess, 0, counts as 0. Nothing was chosen on the held-out half but
+learning rates, by the same search for every method."""
+
 HALVES = {False: "Development half", True: "Held-out half"}
 _DRIFTING = "drift-"
 
@@ -51,18 +52,20 @@ def regret(cell: Cell) -> Regret | None:
 
 def section(compared: Sequence[Contest]) -> list[str]:
     """The tables: regrets, and defaults against what they replace."""
+    if not any(name in contest.summaries for contest in compared for name in REPLACES):
+        return []
     return [
         "## At the documented learning rates",
-        __doc__.split("\n\n", 1)[1].replace("\n", " "),
-        *(_regrets(compared, half) for half in HALVES),
+        NOTE,
+        *(text for half in HALVES for text in _regrets(compared, half)),
         "## The defaults against what they replace",
         "Test scores at the tuned rates, in points of a hundred: mean (lowest to highest) over the "
         "seeds. Won or lost where the ranges of the seeds do not overlap.",
-        *(_duels(compared, half) for half in HALVES),
+        *(text for half in HALVES for text in _duels(compared, half)),
     ]
 
 
-def _regrets(compared: Sequence[Contest], held_out: bool) -> str:
+def _regrets(compared: Sequence[Contest], held_out: bool) -> list[str]:
     names = [name for ready, (old, _) in REPLACES.items() for name in (old, ready)]
     rows, columns = [], {name: [] for name in names}
     for contest in compared:
@@ -78,14 +81,16 @@ def _regrets(compared: Sequence[Contest], held_out: bool) -> str:
                 columns[name].append(found.points)
         if any(cell != "-" for cell in row):
             rows.append([problem, *row])
+    if not rows:
+        return []
     for label, reduce in (("mean", np.mean), ("worst", np.max)):
         values = [f"**{reduce(c):.1f}**" if c else "-" for c in columns.values()]
         rows.append([f"**{label}**", *values])
     header = [f"{METHODS[name].label}, {METHODS[name].start:g}" for name in names]
-    return f"### {HALVES[held_out]}\n\n" + table(["regret", *header], rows)
+    return [f"### {HALVES[held_out]}", table(["regret", *header], rows)]
 
 
-def _duels(compared: Sequence[Contest], held_out: bool) -> str:
+def _duels(compared: Sequence[Contest], held_out: bool) -> list[str]:
     rows = []
     for contest in compared:
         problem = contest.problem["name"]
@@ -105,7 +110,7 @@ def _duels(compared: Sequence[Contest], held_out: bool) -> str:
                 row.append(f"{_score(theirs)}, {verdict}")
             rows.append(row)
     header = ["problem", "default", "score", "against what it replaces", "against the paper's"]
-    return f"### {HALVES[held_out]}\n\n" + table(header, rows, words=2)
+    return [f"### {HALVES[held_out]}", table(header, rows, words=2)] if rows else []
 
 
 def _cost(summary: Summary) -> Range:

@@ -5,7 +5,7 @@
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     var: Array
     sq_mean: Array
     total_variance: Array
-    count: Float[Array, ""]
+    n_rows: Float[Array, ""]
     size: Float[Array, ""]
 
     @classmethod
@@ -96,8 +96,8 @@ def moved(
     bound = _bound(max_ratio, n_entered, largest_var)
     mean, var = _mean_and_var(old, batch, weights, bound, rule)
     valid, new_largest_var = _validity_and_largest(batch, var)
-    accept = valid & (batch.count > 0.0)
-    reject = ~valid & (batch.count != 0.0)
+    accept = valid & (batch.n_rows > 0.0)
+    reject = ~valid & (batch.n_rows != 0.0)
 
     def entered(new: Array, old: Array) -> Array:
         return jnp.where(accept, new, old).astype(old.dtype)
@@ -115,17 +115,17 @@ def moved(
 
 
 class _Weights(NamedTuple):
-    """What the running statistics and the batch's count for; their sum is 1."""
+    """What the running statistics and the batch's count for, scalars; their sum is 1."""
 
-    old: ArrayLike
-    new: ArrayLike
+    old: Any
+    new: Any
 
 
 class _Bound(NamedTuple):
     """What one batch can do: the largest variance, and max_ratio in the reach of the mean."""
 
-    var: ArrayLike
-    max_ratio: ArrayLike | None
+    var: Any
+    max_ratio: Any
 
 
 def _bound(max_ratio: ArrayLike | None, n_entered: Array, largest_var: Array) -> _Bound:
@@ -153,7 +153,7 @@ def _mean_and_var(
     elif rule.variance == "running":
         var = var + distance**2
     elif rule.variance == "auto":
-        var = var + jnp.where(batch.count <= 1.0, distance**2, 0.0)
+        var = var + jnp.where(batch.n_rows <= 1.0, distance**2, 0.0)
     var = jnp.minimum(var, bound.var)
     mean = weights.old * old.mean + weights.new * mean
     return mean, weights.old * old.var + weights.new * var
@@ -178,4 +178,4 @@ def _validity_and_largest(batch: Batch, var: Array) -> tuple[Bool[Array, ""], Fl
     # One reduction of one array: more would be kernels to start, and collectives where it is
     # sharded, which a network has little other work for.
     largest = jnp.max(jnp.where((zeros == 0.0) & (batch.var >= 0.0), var, jnp.inf))
-    return jnp.isfinite(largest) & jnp.isfinite(batch.count), largest
+    return jnp.isfinite(largest) & jnp.isfinite(batch.n_rows), largest
