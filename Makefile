@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint notebooks clean
+.PHONY: demo test test-all lint notebooks docs package clean
 
 demo: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.demo $(ARGS)
@@ -22,6 +22,15 @@ lint: $(VENV)/installed-dev
 notebooks: $(VENV)/installed-notebooks
 	$(BIN)/python -m pytest notebooks/test_notebooks.py --numprocesses auto --quiet
 
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+package: $(VENV)/installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+
 $(VENV)/installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -29,4 +38,4 @@ $(VENV)/installed-%: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site

@@ -152,11 +152,11 @@ def test_microbatches_in_a_scan_and_sums_in_place_of_means():
     assert_ends_there(optax.apply_updates(params, updates), n_steps=1)
 
 
-def test_a_loss_per_example_under_vmap():
+def test_losses_of_groups_under_vmap():
     loss_fn, params, tx = wrapped()
 
     def mean_loss(params, x):
-        return jax.vmap(lambda row: loss_fn(params, row[None]))(x).mean()
+        return jax.vmap(lambda rows: loss_fn(params, rows))(x.reshape(8, 2, *x.shape[1:])).mean()
 
     assert_ends_there(Trainer(mean_loss, params, tx).fit(BATCHES).params)
 
