@@ -71,9 +71,10 @@ def drop_in(
     reverse, are those of the bare loss. Under `jax.jit` a loss that is not differentiated costs no
     more than the bare one.
 
-    Under `pmean`, and with microbatches, `count` is that of one device's part of the batch: give
-    `bnp` the whole `batch_size`. A gradient of another loss brings no statistics, and the running
-    ones are reused; `metrics` tells in `layers_never_seen`.
+    Under `pmean`, and with microbatches, `count` is that of one part of the batch: give `bnp` the
+    whole `batch_size`, and `variance="batch"` where a part is a single row. A gradient of another
+    loss brings no statistics, and the running ones are reused; `metrics` tells in
+    `layers_never_seen`.
 
     Args:
       loss_fn: The whole loss, `loss_fn(params, *args, **kwargs)`; returns a scalar, or

@@ -42,7 +42,7 @@ def test_changelog_has_this_version_below_what_is_not_released():
     assert re.fullmatch(r" - \d{4}-\d\d-\d\d", headings[1][1])
 
 
-@pytest.mark.parametrize("name", ["README.md", "mkdocs.yml", "CITATION.cff", "docs/start.md"])
+@pytest.mark.parametrize("name", ["README.md", "mkdocs.yml", "CITATION.cff", "docs/index.md"])
 def test_addresses_are_those_of_pyproject(name):
     """`OWNER` stands for who publishes it; one `sed` over the repository replaces it."""
     owner = REPOSITORY.split("/")[3]
