@@ -26,13 +26,11 @@ CASES = [
 @pytest.fixture
 def as_users_have_it():
     """JAX without the strictness of the tests, and in a hurry: this is about what runs."""
-    settings = {"jax_disable_most_optimizations": True, "jax_numpy_rank_promotion": "allow"}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_numpy_rank_promotion", "allow")
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.mark.usefixtures("as_users_have_it")
