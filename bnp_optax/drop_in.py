@@ -215,12 +215,12 @@ def _unwrapping(
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` on wrapped parameters."""
 
-    def init_fn(wrapped: Any) -> Any:
+    def init_fn(params: Any) -> Any:
         # Optax makes placeholders for parameters, to find those in a state.
-        if not jax.tree.leaves(wrapped):
-            return tx.init(wrapped)
-        _check("The optimizer's `init`", wrapped, size)
-        return tx.init(wrapped[PARAMS])
+        if not jax.tree.leaves(params):
+            return tx.init(params)
+        _check("The optimizer's `init`", params, size)
+        return tx.init(params[PARAMS])
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any

@@ -484,6 +484,29 @@ def test_a_sharded_batch_under_jit():
     assert_ends_there(trainer.fit(batches).params)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_parameters_also_where_shardings_are_types(axis_type):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    bare = {"w": jnp.ones((8, 4)) / 9, "b": jnp.zeros(4), "v": jnp.ones((4, 1))}
+    x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+
+    def loss_fn(params, x):
+        return jnp.mean((jnp.tanh(x @ params["w"] + params["b"][None]) @ params["v"] - 1.0) ** 2)
+
+    layers = bnp_optax.find_layers(loss_fn, bare, x)
+    tx = bnp_optax.bnp_adam(1e-2, eps=1e-3, layers=layers)
+    loss_fn, params, tx = bnp_optax.drop_in(loss_fn, bare, tx, layers)
+    step = jit(stepped_on_devices(tx, jax.grad(loss_fn)))
+    want, _ = step(params, jit(tx.init)(params), x)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, P("data")))
+        params = jax.device_put(params, NamedSharding(mesh, P()))
+        params["params"]["w"] = jax.device_put(bare["w"], NamedSharding(mesh, P("data")))
+        got, _ = step(params, jit(tx.init)(params), x)
+    assert_trees_close(got, want, 1e-5)
+    assert float(jnp.abs(want["params"]["w"] - bare["w"]).max()) > 1e-3
+
+
 def stepped_on_devices(tx, grad_fn):
     def step(params, state, x):
         grads = grad_fn(params, x)

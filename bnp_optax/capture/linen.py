@@ -26,7 +26,7 @@ _GIVEN = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_genera
 
 def naming() -> contextlib.AbstractContextManager[Any]:
     """Within this context, Linen's layers name their inputs, if Linen was imported."""
-    linen = sys.modules.get("flax.linen")
+    linen: Any = sys.modules.get("flax.linen")
     # A module whose import has failed, or is not done, has no interceptors yet.
     if not hasattr(linen, "intercept_methods"):
         return contextlib.nullcontext()
