@@ -12,6 +12,7 @@ Example: two microbatches with means 1 and 3, and a trainer that averages gradie
 them by a fifth. The vector arrives as w 0.2 (1, 2): the mean of the union is 2.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -22,8 +23,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from bnp_optax._tree import quoted, split_arrays
 from bnp_optax.capture.api import value_and_stats
-from bnp_optax.layers import check_layers
 from bnp_optax.statistics import Layer, LayerStats
 
 PARAMS = "params"
@@ -31,7 +32,7 @@ LAYER_STATS = "layer_stats"
 # A power of two, which is exact. Of statistics from 1e-26 on it makes numbers that are not
 # subnormal, and of those up to 1e4 a norm that a gradient's of 1e-4 does not notice in float32.
 _WEIGHT = 2.0**-40
-_FIELDS = ("mean", "var", "sq_mean")
+Stats = dict[str, LayerStats]
 
 
 class DropIn(NamedTuple):
@@ -52,9 +53,9 @@ def drop_in(
     loss_fn: Callable[..., Any],
     params: Any,
     tx: optax.GradientTransformation,
-    layers: Mapping[str, Layer],
-    *,
+    *args: Any,
     has_aux: bool = False,
+    layers: Mapping[str, Layer] | None = None,
     **capture_options: Any,
 ) -> DropIn:
     """Wrap loss, parameters and optimizer for a trainer that calls `jax.grad` and `update` itself.
@@ -81,17 +82,19 @@ def drop_in(
         `(scalar, aux)` with `has_aux`. What a trainer computes from several losses may add and
         scale them, but where it subtracts one from another, put the difference into the loss.
       params: The bare parameters, in any framework.
-      tx: An optimizer that takes `layer_stats`, such as `bnp_adam(1e-3, layers=layers)`.
-      layers: What `find_layers(loss_fn, params, *args)` returns, or a part of it.
+      tx: An optimizer that takes `layer_stats`, such as `bnp_adam(1e-3)`.
+      *args: Further arguments of the loss, such as a batch, or `jax.ShapeDtypeStruct`s of their
+        shapes. They are traced and not computed with; other batches may have other sizes.
       has_aux: As in `jax.value_and_grad`.
+      layers: The layers to capture: what `find_layers` returns, or a part of it; None for all.
       **capture_options: Options of `value_and_grad`: `sample_rows`, `weights`, `fixed` and others.
 
     Returns:
       A `DropIn`, to be unpacked: `loss_fn, params, tx`. `bare_params` takes the parameters out.
 
     Raises:
-      ValueError: If `layers` is empty or not from `find_layers`; when used, if the loss or the
-        optimizer gets other parameters than these, or in less than float32.
+      ValueError: Whatever `value_and_grad` raises; when used, if the loss or the optimizer gets
+        other parameters than these, or in less than float32.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -100,9 +103,8 @@ def drop_in(
       >>> x = jax.random.normal(jax.random.key(0), (8, 3))
       >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
       >>> bare_loss = lambda p, x: jnp.mean((x @ p["kernel"] + p["bias"] - 1.0) ** 2)
-      >>> layers = bnp_optax.find_layers(bare_loss, params, x)
       >>> loss_fn, wrapped, tx = bnp_optax.drop_in(
-      ...     bare_loss, params, bnp_optax.bnp_adam(1e-3, layers=layers), layers
+      ...     bare_loss, params, bnp_optax.bnp_adam(1e-3), x
       ... )
       >>> grads = jax.grad(loss_fn)(wrapped, x)
       >>> updates, state = tx.update(grads, tx.init(wrapped), wrapped)
@@ -112,29 +114,23 @@ def drop_in(
       >>> bool(wrapped["layer_stats"].any())
       False
     """
-    check_layers(layers)
-    if not layers:
-        msg = (
-            "`layers` is empty, so there are no statistics to hand on; pass what "
-            "`bnp_optax.find_layers(loss_fn, params, ...)` returns, or a part of it."
-        )
-        raise ValueError(msg)
-    layers = dict(layers)
-    size = 1 + sum(len(_FIELDS) * math.prod(x.stats_shape) + 1 for x in layers.values())
     capture = value_and_stats(loss_fn, has_aux, layers, **capture_options)
+    arrays, rebuild = split_arrays(args)
+    like = jax.eval_shape(lambda p, arrays: capture(p, *rebuild(arrays))[1], params, arrays)
+    size = 1 + sum(math.prod(x.shape) for x in jax.tree.leaves(like))
 
     @functools.wraps(loss_fn)
     def wrapped_loss(wrapped: Any, *args: Any, **kwargs: Any) -> Any:
         _check("The loss", wrapped, size)
         value, stats = capture(wrapped[PARAMS], *args, **kwargs)
         loss, *aux = value if has_aux else (value,)
-        loss = _carry(loss, wrapped[LAYER_STATS], _packed(stats, layers))
+        loss = _carry(loss, wrapped[LAYER_STATS], _packed(stats, like))
         return (loss, *aux) if has_aux else loss
 
     return DropIn(
         wrapped_loss,
         {PARAMS: params, LAYER_STATS: jnp.zeros(size, jnp.float32)},
-        _unwrapping(optax.with_extra_args_support(tx), layers, size),
+        _unwrapping(optax.with_extra_args_support(tx), like, size),
     )
 
 
@@ -177,41 +173,42 @@ def _carry_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return loss, loss_dot + carried.astype(loss_dot.dtype)
 
 
-def _packed(stats: Mapping[str, LayerStats], layers: Mapping[str, Layer]) -> Array:
-    """The vector w (1, statistics of the layers in their order)."""
-    parts = [jnp.ones(1, jnp.float32)]
-    for name, layer in layers.items():
-        found = stats[name]
-        if found.mean.shape != layer.stats_shape:
-            msg = (
-                f"The loss gives `{name}` statistics of shape {found.mean.shape}, but `layers` "
-                f"says {layer.stats_shape}. Pass what `bnp_optax.find_layers` returns for this "
-                "loss and these options."
-            )
-            raise ValueError(msg)
-        parts += [getattr(found, field).reshape(-1) for field in _FIELDS]
-        # N is count / positions, of which `layers` may have others than a batch of larger images.
-        parts.append(found.batch_size.reshape(1) * layer.positions)
-    return _WEIGHT * jnp.concatenate(parts)
+def _packed(stats: Stats, like: Stats) -> Array:
+    """The vector w (1, statistics), of the structure and the layers of `like`."""
+    comparable = {}
+    for name, found in stats.items():
+        # N is count / positions, of which a batch of larger images has others.
+        layer = like[name].layer if name in like else found.layer
+        count = found.batch_size * layer.positions
+        comparable[name] = dataclasses.replace(found, count=count, layer=layer)
+    leaves, treedef = jax.tree.flatten(comparable)
+    if treedef != jax.tree.structure(like) or [x.shape for x in leaves] != [
+        x.shape for x in jax.tree.leaves(like)
+    ]:
+        msg = (
+            f"The loss gives statistics of the layers {quoted(stats)}, which are not those, or not "
+            f"of the shapes, of the arguments that `drop_in` was given: {quoted(like)}. Give "
+            "`drop_in` arguments like those of training, or choose by `layers=`."
+        )
+        raise ValueError(msg)
+    parts = [x.reshape(-1).astype(jnp.float32) for x in leaves]
+    return _WEIGHT * jnp.concatenate([jnp.ones(1, jnp.float32), *parts])
 
 
-def _unpacked(vector: Array, layers: Mapping[str, Layer]) -> dict[str, LayerStats]:
+def _unpacked(vector: Array, like: Stats) -> Stats:
     """The average of the statistics; of `count` 0 if none came."""
     weight = vector[0]
     vector = jnp.where(weight == 0.0, 0.0, vector / jnp.where(weight == 0.0, 1.0, weight))
-    vector = vector.astype(jnp.float32)
-    stats, start = {}, 1
-    for name, layer in layers.items():
-        n = math.prod(layer.stats_shape)
-        *moments, count = jnp.split(vector[start : start + 3 * n + 1], [n, 2 * n, 3 * n])
-        mean, var, sq_mean = (x.reshape(layer.stats_shape) for x in moments)
-        stats[name] = LayerStats(mean, var, sq_mean, count[0], layer)
-        start += 3 * n + 1
-    return stats
+    leaves, start = [], 1
+    for x in jax.tree.leaves(like):
+        end = start + math.prod(x.shape)
+        leaves.append(vector[start:end].reshape(x.shape).astype(x.dtype))
+        start = end
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _unwrapping(
-    tx: optax.GradientTransformationExtraArgs, layers: Mapping[str, Layer], size: int
+    tx: optax.GradientTransformationExtraArgs, like: Stats, size: int
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` on wrapped parameters."""
 
@@ -240,7 +237,7 @@ def _unwrapping(
             updates[PARAMS],
             state,
             None if params is None else params[PARAMS],
-            layer_stats=_unpacked(vector, layers),
+            layer_stats=_unpacked(vector, like),
             **extra_args,
         )
         return wrap(new), state

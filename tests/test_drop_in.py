@@ -50,8 +50,8 @@ OPTIMIZERS = {
 }
 
 
-def wrapped(name: str = "bnp_adam", loss_fn=bare_loss, **options) -> bnp_optax.DropIn:
-    return bnp_optax.drop_in(loss_fn, BARE, OPTIMIZERS[name](), LAYERS, **options)
+def wrapped(name="bnp_adam", loss_fn=bare_loss, args=(), **options) -> bnp_optax.DropIn:
+    return bnp_optax.drop_in(loss_fn, BARE, OPTIMIZERS[name](), *(args or BATCHES[:1]), **options)
 
 
 @functools.cache
@@ -206,8 +206,8 @@ def test_clipping_inside_and_outside_is_that_of_the_bare_gradient(clip):
         params = optax.apply_updates(params, updates)
 
     without = bnp_optax.in_zspace(optax.sgd(0.1), preconditioner)
-    loss_fn, start, inside = bnp_optax.drop_in(bare_loss, BARE, with_clip, LAYERS)
-    outside = bnp_optax.drop_in(bare_loss, BARE, without, LAYERS).tx
+    loss_fn, start, inside = bnp_optax.drop_in(bare_loss, BARE, with_clip, BATCHES[0])
+    outside = bnp_optax.drop_in(bare_loss, BARE, without, BATCHES[0]).tx
     for trainer in (
         Trainer(loss_fn, start, inside),
         Trainer(loss_fn, start, outside, clipped),
@@ -238,7 +238,9 @@ def test_decay_masks_and_partitions_see_the_bare_parameters():
     for tx, layers in ((decayed, LAYERS), (frozen, but_one)):
         _, grads, stats = jit(bnp_optax.value_and_grad(bare_loss, layers=layers))(BARE, BATCHES[0])
         want, _ = jit(tx.update)(grads, jit(tx.init)(BARE), BARE, layer_stats=stats)
-        loss_fn, params, in_trainer = bnp_optax.drop_in(bare_loss, BARE, tx, layers)
+        loss_fn, params, in_trainer = bnp_optax.drop_in(
+            bare_loss, BARE, tx, BATCHES[0], layers=layers
+        )
         grads = jit(jax.grad(loss_fn))(params, BATCHES[0])
         got, _ = jit(in_trainer.update)(grads, jit(in_trainer.init)(params), params)
         assert_trees_close(bnp_optax.bare_params(got), want, 1e-6)
@@ -250,32 +252,33 @@ def test_decay_masks_and_partitions_see_the_bare_parameters():
 # ---------------------------------------------------------------------------------------------
 
 
-def rich_loss(params, x, key, n, *, name):
+def rich_loss(params, x, key, n, name):
     """Arguments of every kind; `aux` with what is no array."""
     x = x + 0.01 * jax.random.normal(key, x.shape)
     out = MODEL.apply({"params": params}, x)
     return jnp.mean((out - n) ** 2), {"out": out, "n": n + 1, "name": name}
 
 
+RICH_ARGS = (jax.ShapeDtypeStruct((2, 6, 3), jnp.float32), jax.random.key(3), 2.0, "a")
+
+
 def test_arguments_and_aux_are_those_of_the_loss():
-    loss_fn, params, _ = wrapped(loss_fn=rich_loss, has_aux=True)
+    loss_fn, params, _ = wrapped(loss_fn=rich_loss, args=RICH_ARGS, has_aux=True)
     args = (BATCHES[0], jax.random.key(3), jnp.float32(2))
-    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *args, name="a")
-    (want, want_aux), want_grads = jax.value_and_grad(rich_loss, has_aux=True)(
-        BARE, *args, name="a"
-    )
+    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *args, "a")
+    (want, want_aux), want_grads = jax.value_and_grad(rich_loss, has_aux=True)(BARE, *args, "a")
     assert float(loss) == pytest.approx(float(want), rel=1e-6)
     assert (aux.pop("name"), want_aux.pop("name")) == ("a", "a")
     assert_trees_close(aux, want_aux, 1e-6)
     assert_trees_close(bnp_optax.bare_params(grads), want_grads, 1e-6)
-    assert loss_fn(params, *args, name="b")[1]["name"] == "b"
+    assert loss_fn(params, *args, "b")[1]["name"] == "b"
 
 
 def test_derivatives_by_arguments_and_through_aux_are_those_of_the_loss():
-    loss_fn, params, _ = wrapped(loss_fn=rich_loss, has_aux=True)
+    loss_fn, params, _ = wrapped(loss_fn=rich_loss, args=RICH_ARGS, has_aux=True)
 
     def total(loss_fn, params, x):
-        loss, aux = loss_fn(params, x, jax.random.key(3), 2, name="a")
+        loss, aux = loss_fn(params, x, jax.random.key(3), 2, "a")
         return loss + jnp.sum(aux["out"] ** 2)
 
     got = jit(jax.grad(functools.partial(total, loss_fn), (0, 1)))(params, BATCHES[0])
@@ -332,8 +335,7 @@ def scanned_loss(params, x):
 def test_costs_the_loss_alone_where_nothing_is_differentiated_and_the_capture_elsewhere():
     x = jnp.ones((32, 4))
     bare = Scanned().init(jax.random.key(0), x)["params"]
-    layers = bnp_optax.find_layers(scanned_loss, bare, x)
-    loss_fn, params, _ = bnp_optax.drop_in(scanned_loss, bare, optax.identity(), layers)
+    loss_fn, params, _ = bnp_optax.drop_in(scanned_loss, bare, optax.identity(), x)
 
     def flops(function, *args):
         return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
@@ -346,7 +348,7 @@ def test_costs_the_loss_alone_where_nothing_is_differentiated_and_the_capture_el
 
 def test_in_float64_the_gradient_is_jax_s_to_the_last_digits(x64):
     bare, x = jax.tree.map(lambda a: np.asarray(a, np.float64), (BARE, BATCHES[0]))
-    loss_fn, params, tx = bnp_optax.drop_in(bare_loss, bare, OPTIMIZERS["bnp_adam"](), LAYERS)
+    loss_fn, params, tx = bnp_optax.drop_in(bare_loss, bare, OPTIMIZERS["bnp_adam"](), x)
     grads = jit(jax.grad(loss_fn))(params, x)
     assert_trees_close(bnp_optax.bare_params(grads), jax.grad(bare_loss)(bare, x), 1e-14)
     _, want, stats = jit(bnp_optax.value_and_grad(bare_loss))(bare, x)
@@ -427,7 +429,7 @@ def test_hyperparameters_and_params_of_the_state():
         return bnp_optax.bnp_adam(learning_rate, eps=1e-3, layers=LAYERS, batch_size=N_BATCH)
 
     injected = optax.inject_hyperparams(adam)(learning_rate=1e-2)
-    loss_fn, params, tx = bnp_optax.drop_in(bare_loss, BARE, injected, LAYERS)
+    loss_fn, params, tx = bnp_optax.drop_in(bare_loss, BARE, injected, BATCHES[0])
     trainer = Trainer(loss_fn, params, tx).fit(BATCHES)
     assert_ends_there(trainer.params)
     assert float(trainer.state.hyperparams["learning_rate"]) == pytest.approx(1e-2)
@@ -451,7 +453,7 @@ def test_functions_of_parameters_are_given_bare_ones():
         return updates, state
 
     tx = optax.GradientTransformationExtraArgs(lambda params: Recorded(), update)
-    loss_fn, params, tx = bnp_optax.drop_in(bare_loss, BARE, tx, LAYERS)
+    loss_fn, params, tx = bnp_optax.drop_in(bare_loss, BARE, tx, BATCHES[0])
     value_fn = functools.partial(loss_fn, x=BATCHES[0])
     value, grads = jax.value_and_grad(value_fn)(params)
     tx.update(
@@ -495,7 +497,7 @@ def test_sharded_parameters_also_where_shardings_are_types(axis_type):
 
     layers = bnp_optax.find_layers(loss_fn, bare, x)
     tx = bnp_optax.bnp_adam(1e-2, eps=1e-3, layers=layers)
-    loss_fn, params, tx = bnp_optax.drop_in(loss_fn, bare, tx, layers)
+    loss_fn, params, tx = bnp_optax.drop_in(loss_fn, bare, tx, x)
     step = jit(stepped_on_devices(tx, jax.grad(loss_fn)))
     want, _ = step(params, jit(tx.init)(params), x)
     with jax.set_mesh(mesh):
@@ -562,7 +564,7 @@ def trained_both_ways(loss_fn, params, x):
     """Parameters after three steps of a trainer, and of the explicit way."""
     layers = bnp_optax.find_layers(loss_fn, params, x)
     tx = bnp_optax.bnp_adam(1e-2, eps=1e-3, layers=layers)
-    found = Trainer(*bnp_optax.drop_in(loss_fn, params, tx, layers)).fit([x] * 3)
+    found = Trainer(*bnp_optax.drop_in(loss_fn, params, tx, x)).fit([x] * 3)
     state = jit(tx.init)(params)
     for _ in range(3):
         _, grads, stats = jit(bnp_optax.value_and_grad(loss_fn))(params, x)
@@ -599,11 +601,9 @@ def test_nnx():
 # ---------------------------------------------------------------------------------------------
 
 
-def test_layers_that_are_none():
-    with pytest.raises(ValueError, match=r"`layers` is empty.*`bnp_optax.find_layers"):
-        bnp_optax.drop_in(bare_loss, BARE, optax.identity(), {})
+def test_layers_that_are_not_layers():
     with pytest.raises(ValueError, match=r"`layers` must be a dict of `Layer`.*got a `list`"):
-        bnp_optax.drop_in(bare_loss, BARE, optax.identity(), ["Dense_0/kernel"])
+        wrapped(layers=["Dense_0/kernel"])
 
 
 def test_parameters_that_are_not_wrapped():
@@ -624,7 +624,7 @@ def test_parameters_that_are_not_wrapped():
 
 def test_parameters_of_other_layers():
     one = {"Dense_0/kernel": LAYERS["Dense_0/kernel"]}
-    other = bnp_optax.drop_in(bare_loss, BARE, optax.identity(), one)
+    other = bnp_optax.drop_in(bare_loss, BARE, optax.identity(), BATCHES[0], layers=one)
     loss_fn, _, tx = wrapped()
     message = r"`layer_stats` of shape \(17,\), but its layers need \(100,\)"
     with pytest.raises(ValueError, match=message):
@@ -633,10 +633,37 @@ def test_parameters_of_other_layers():
         tx.init(other.params)
 
 
-def test_statistics_of_another_shape_than_the_layers_say():
-    loss_fn, params, _ = wrapped(conv_statistics="patch")
-    with pytest.raises(ValueError, match=r"`Conv_0/kernel` statistics of shape \(3, 3, 1\), but"):
-        loss_fn(params, BATCHES[0])
+def test_statistics_of_other_layers_than_those_of_the_start():
+    def either(params, x, which):
+        return jnp.mean(x @ params[which])
+
+    params = {"one": jnp.ones((3, 2)), "two": jnp.ones((3, 2))}
+    x = jnp.ones((4, 3))
+    loss_fn, params, _ = bnp_optax.drop_in(either, params, optax.identity(), x, "one")
+    message = r"statistics of the layers `two`, which are not those.*was given: `one`"
+    with pytest.raises(ValueError, match=message):
+        loss_fn(params, x, "two")
+
+
+def test_a_batch_of_other_sizes_has_its_own_number_of_examples():
+    """`count` is of positions too: of twice as long sequences it is twice that."""
+
+    def loss_fn(params, x):
+        return jnp.mean(nn.Conv(2, (3,)).apply({"params": params}, x) ** 2)
+
+    params = nn.Conv(2, (3,)).init(jax.random.key(0), BATCHES[0])["params"]
+    seen = {}
+
+    def update(updates, state, params=None, *, layer_stats):
+        seen.update(layer_stats)
+        return updates, state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: Recorded(), update)
+    loss_fn, params, tx = bnp_optax.drop_in(loss_fn, params, tx, BATCHES[0])
+    x = np.concatenate([BATCHES[0], BATCHES[1]], axis=1)[:5]
+    tx.update(jit(jax.grad(loss_fn))(params, x), tx.init(params), params)
+    assert float(seen["kernel"].batch_size) == pytest.approx(5.0)
+    np.testing.assert_allclose(seen["kernel"].mean.ravel(), x.mean((0, 1)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -653,6 +680,5 @@ def test_fewer_digits_than_variances_need(dtype):
 def test_an_option_that_is_not_one_and_a_loss_without_its_aux():
     with pytest.raises(ValueError, match="`sample_rows` must be an integer > 0"):
         wrapped(sample_rows=0)
-    loss_fn, params, _ = wrapped(has_aux=True)
     with pytest.raises(TypeError, match="With `has_aux=True` the loss must return"):
-        loss_fn(params, BATCHES[0])
+        wrapped(has_aux=True)

@@ -59,7 +59,7 @@ PROGRAMS = {
         layers = bnp_optax.find_layers(loss_fn, params, x)
         assert "1 of 1 kernels covered" in str(bnp_optax.summarize(loss_fn, params, x))
         tx = bnp_optax.bnp_sgd(0.1, layers=layers)
-        wrapped, params, tx = bnp_optax.drop_in(loss_fn, params, tx, layers)
+        wrapped, params, tx = bnp_optax.drop_in(loss_fn, params, tx, x)
         _, state = tx.update(jax.grad(wrapped)(params, x), tx.init(params), params)
         assert int(bnp_optax.metrics(state)["layers_never_seen"]) == 0
         assert bnp_optax.diagnostics.conditioning(state)["kernel"] > 1.0
