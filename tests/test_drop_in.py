@@ -123,7 +123,7 @@ def test_the_train_state_of_flax():
     assert_ends_there(state.params)
 
 
-@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("k", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_multi_steps_of_optax_take_the_step_of_the_whole_batch(name, k):
     loss_fn, params, tx = wrapped(name)
@@ -161,7 +161,7 @@ def test_losses_of_groups_under_vmap():
     assert_ends_there(Trainer(mean_loss, params, tx).fit(BATCHES).params)
 
 
-@pytest.mark.parametrize("scale", [-1.0, 3.0, 2.0**15, 1e-3])
+@pytest.mark.parametrize("scale", [-1.0, 2.0**15])
 def test_a_scaled_loss_has_the_same_statistics(scale):
     loss_fn, params, tx = wrapped()
 
@@ -528,6 +528,13 @@ def test_gradients_averaged_by_pmean_in_pmap():
     assert_ends_there(params)
 
 
+def varying(a):
+    """What is the same on all devices, with a gradient of its own on each."""
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(a, "data", to="varying")
+    return jax.lax.pvary(a, "data")  # before jax 0.9
+
+
 @pytest.mark.parametrize("by", ["pmean", "mean loss", "unchecked pmean"])
 def test_gradients_averaged_in_shard_map(by):
     loss_fn, params, tx = wrapped()
@@ -536,7 +543,7 @@ def test_gradients_averaged_in_shard_map(by):
         if by == "mean loss":  # JAX adds up the gradients of what is the same on all devices.
             return jax.grad(lambda p: jax.lax.pmean(loss_fn(p, x), "data"))(p)
         if by == "pmean":
-            p = jax.tree.map(lambda a: jax.lax.pcast(a, "data", to="varying"), p)
+            p = jax.tree.map(varying, p)
         return jax.lax.pmean(jax.grad(loss_fn)(p, x), "data")
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
