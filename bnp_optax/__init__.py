@@ -1,7 +1,7 @@
 """Batch normalization preconditioning and z-space regularization for Optax."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnp_optax.alias import adam_l1, bnp_adam, bnp_adamw, bnp_sgd
 from bnp_optax.capture import (
@@ -11,6 +11,7 @@ from bnp_optax.capture import (
     summarize,
     value_and_grad,
 )
+from bnp_optax.drop_in import DropIn, bare_params, drop_in
 from bnp_optax.metrics import metrics
 from bnp_optax.preconditioners import (
     BNPState,
@@ -26,7 +27,6 @@ from bnp_optax.preconditioners import (
 from bnp_optax.sharding import state_sharding
 from bnp_optax.start import start_in_zspace
 from bnp_optax.statistics import Layer, LayerStats
-from bnp_optax.training import TrainState
 from bnp_optax.transforms import (
     GradientRegularizationState,
     InZspaceState,
@@ -44,12 +44,16 @@ from bnp_optax.transforms import (
     zspace_weight_decay,
 )
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from bnp_optax.training import TrainState
+
+__version__ = "0.2.0"
 
 __all__ = [
     "BNPState",
     "ComposeState",
     "DiagonalState",
+    "DropIn",
     "GradientRegularizationState",
     "InZspaceState",
     "Layer",
@@ -63,6 +67,7 @@ __all__ = [
     "TrainState",
     "adagrad",
     "adam_l1",
+    "bare_params",
     "bnp",
     "bnp_adam",
     "bnp_adamw",
@@ -70,6 +75,7 @@ __all__ = [
     "bnp_sgd",
     "compose",
     "dataset_statistics",
+    "drop_in",
     "find_layers",
     "gradient_regularization",
     "in_zspace",
@@ -89,7 +95,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Submodules that few programs need are imported when they are first used."""
+    """What few programs need, or needs Flax, is imported when it is first used."""
+    if name == "TrainState":
+        return importlib.import_module("bnp_optax.training").TrainState
     if name in {"diagnostics", "flax_nnx"}:
         return importlib.import_module(f"bnp_optax.{name}")
     msg = f"module 'bnp_optax' has no attribute '{name}'"

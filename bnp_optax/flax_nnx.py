@@ -5,7 +5,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-from flax import nnx
+
+from bnp_optax._optional import needs_flax
+
+with needs_flax("bnp_optax.flax_nnx"):
+    from flax import nnx
 
 from bnp_optax import capture
 from bnp_optax.capture import Summary

@@ -5,7 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import optax
-from flax.training import train_state
+
+from bnp_optax._optional import needs_flax
+
+with needs_flax("bnp_optax.TrainState"):
+    from flax.training import train_state
 
 from bnp_optax.statistics import Layer, LayerStats
 

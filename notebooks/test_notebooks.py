@@ -25,6 +25,20 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_opens_in_colab_and_shows_its_figures(name):
+    notebook = nbformat.read(FOLDER / name, as_version=4)
+    opens = "](https://colab.research.google.com/github/OWNER/bnp_optax/blob/main/notebooks/"
+    assert f"{opens}{name})" in notebook.cells[0].source
+    # Only where the package cannot be imported.
+    tried, _, installs = notebook.cells[1].source.partition("except ImportError:\n    ")
+    assert "bnp_optax" in tried
+    assert installs.startswith("%pip install -q 'bnp-optax[bench")
+    assert "] @ git+https://github.com/OWNER/bnp_optax'" in installs
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    assert any("image/png" in out.get("data", {}) for out in outputs)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs(name, monkeypatch, tmp_path):

@@ -151,6 +151,56 @@ def value_and_grad(
       >>> {name: (s.layer.bias, s.mean.shape) for name, s in stats.items()}
       {'w1': ('b1', (3, 1)), 'w2': (None, (2, 1))}
     """
+    return _captured(
+        lambda instrumented: jax.value_and_grad(instrumented, has_aux=True),
+        loss_fn,
+        has_aux,
+        layers,
+        conv_statistics=conv_statistics,
+        sample_rows=sample_rows,
+        embeddings=embeddings,
+        weights=weights,
+        fixed=fixed,
+    )
+
+
+def value_and_stats(
+    loss_fn: Callable[..., Any],
+    has_aux: bool = False,
+    layers: Mapping[str, Layer] | None = None,
+    **options: Any,
+) -> Callable[..., tuple[Any, dict[str, LayerStats]]]:
+    """The value and the statistics alone, for others to differentiate; options of `value_and_grad`.
+
+    Derivatives hold the statistics constant.
+    """
+    captured = _captured(_undifferentiated, loss_fn, has_aux, layers, **options)
+
+    @functools.wraps(loss_fn)
+    def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, LayerStats]]:
+        value, _, stats = captured(params, *args, **kwargs)
+        return value, stats
+
+    return wrapped
+
+
+def _undifferentiated(instrumented: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, None]]:
+    return lambda params: (instrumented(params), None)
+
+
+def _captured(
+    differentiate: Callable[[Callable[[Any], Any]], Callable[[Any], Any]],
+    loss_fn: Callable[..., Any],
+    has_aux: bool = False,
+    layers: Mapping[str, Layer] | None = None,
+    *,
+    conv_statistics: ConvStatistics = "channel",
+    sample_rows: int | None = None,
+    embeddings: bool = False,
+    weights: Callable[..., Any] | None = None,
+    fixed: Mapping[str, LayerStats] | None = None,
+) -> Callable[..., tuple[Any, Any, dict[str, LayerStats]]]:
+    """The loss with its statistics, and what `differentiate` makes of it beside the value."""
     options = options_of(conv_statistics, sample_rows, embeddings)
     check_layers(layers)
 
@@ -172,7 +222,7 @@ def value_and_grad(
             # The loss is the first array; what is no array never leaves the function.
             return outputs[0], (outputs, lax.stop_gradient(measures))
 
-        (_, (outputs, measures)), grads = jax.value_and_grad(instrumented, has_aux=True)(params)
+        (_, (outputs, measures)), grads = differentiate(instrumented)(params)
         # After JAX has said what it does not differentiate.
         _check_found(found, layers)
         value = found.rebuild(outputs)
