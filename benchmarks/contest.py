@@ -42,6 +42,7 @@ class Entry:
       steps: Steps done at each point.
       train_loss: Loss on a fixed part of the training split.
       test_accuracy: Accuracy on the test split.
+      documented_accuracy: The same at the last step, at the method's documented rate.
     """
 
     setting: Setting
@@ -52,6 +53,7 @@ class Entry:
     steps: Int[np.ndarray, " points"]
     train_loss: Float[np.ndarray, "seeds points"]
     test_accuracy: Float[np.ndarray, "seeds points"]
+    documented_accuracy: Float[np.ndarray, " seeds"]
 
     @property
     def mean_loss(self) -> Float[np.ndarray, " points"]:
@@ -184,6 +186,10 @@ class _Contest:
             rate = plan.rates[int(np.argmin(losses))]
             start = variables[1:], indices[1:]
             curves = lanes([rate] * n_lanes, *start, data.train, [seen, data.test])
+            documented = METHODS[method].start
+            same = curves
+            if documented != rate:
+                same = lanes([documented] * n_lanes, *start, data.train, [seen, data.test])
             entry = Entry(
                 setting=Setting(model, inputs, batch_size),
                 method=method,
@@ -193,6 +199,7 @@ class _Contest:
                 steps=steps // plan.points * np.arange(1, plan.points + 1),
                 train_loss=curves.loss[:, :, 0],
                 test_accuracy=curves.accuracy[:, :, 1],
+                documented_accuracy=same.accuracy[:, -1, 1],
             )
             entries.append(entry)
             self.advance(_WORK[model] / len(plan.inputs))

@@ -29,7 +29,7 @@ from benchmarks.plan import Plan
 QUICK = Plan(
     models=("mlp",),
     batch_sizes=(4,),
-    rates=(0.01, 0.03, 0.1, 0.3),
+    rates=(1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0),
     seeds=2,
     steps=800,
     points=5,

@@ -25,7 +25,7 @@ NORM_DECAY = 1e-4
 
 # What the demonstration offers.
 MethodName = Literal[
-    "sgd", "adam", "batchnorm", "layernorm", "bnp_sgd", "adam_z", "bnp_sgd_warm", "adam_z_warm"
+    "sgd", "adam", "batchnorm", "layernorm", "ready_sgd", "ready_adam", "bnp_sgd", "adam_z"
 ]
 Layers = Mapping[str, bnp_optax.Layer]
 Make = Callable[..., optax.GradientTransformation]

@@ -46,8 +46,8 @@ class Plan:
         "adam",
         "batchnorm",
         "layernorm",
-        "bnp_sgd",
-        "adam_z",
+        "ready_sgd",
+        "ready_adam",
     )
     rates: tuple[float, ...] = RATES
     seeds: int = 5

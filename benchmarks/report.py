@@ -23,6 +23,7 @@ NOTES = (
     " the grid's edge.",
     "loss  on a fixed part of the training split, at the last step; mean over {seeds} seeds.",
     "acc   on the test split; mean and standard deviation over seeds.",
+    "acc at  the same at a method's documented rate, the same for all problems: no tuning.",
     "steps to the loss in the block's first line, that of SGD, at its best rate, at the last step;"
     " - if never.",
     "time  of a compiled step as a multiple of SGD's, interleaved: median of the ratios and their"
@@ -71,6 +72,8 @@ def as_json(plan: Plan, outcome: Outcome, dataset: dict[str, Any]) -> dict[str, 
                     "final_train_loss": entry.mean_loss[-1],
                     "test_accuracy": entry.mean_accuracy[-1],
                     "test_accuracy_std": np.std(entry.test_accuracy[:, -1]),
+                    "documented_rate": METHODS[entry.method].start,
+                    "test_accuracy_at_documented_rate": np.mean(entry.documented_accuracy),
                     "target_train_loss": target,
                     "steps_to_target": None if target is None else entry.steps_to(target),
                     "step_time": None if time is None else dataclasses.asdict(time),
@@ -107,7 +110,7 @@ def _table(plan: Plan, outcome: Outcome, settings: list[Setting]) -> Table:
     title = f"{settings[0].model.upper()}, {settings[0].inputs} inputs"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("batch size, method", no_wrap=True)
-    for name in ("rate", "loss", "acc, %", "steps", "time, x SGD"):
+    for name in ("rate", "loss", "acc, %", "acc at", "steps", "time, x SGD"):
         table.add_column(name, justify="right", no_wrap=True)
     for setting in settings:
         target = outcome.target(setting)
@@ -136,6 +139,7 @@ def _rows(outcome: Outcome, setting: Setting, target: float | None) -> Iterable[
             Text(f"{entry.rate:g}{'!' if entry.at_edge else ' '}"),
             _marked(f"{loss:#.2g}" if loss < np.inf else "diverged", loss == min(losses)),
             _marked(f"{100 * accuracy:.1f} ±{spread:.1f}", accuracy == max(accuracies)),
+            Text(f"{100 * np.mean(entry.documented_accuracy):.1f}, {method.start:g}"),
             _marked("-" if steps is None else str(steps), steps is not None and steps == fastest),
             Text(
                 "-"

@@ -58,6 +58,9 @@ def test_tables_show_every_contestant_and_verdict(quick):
             if result["inputs"] == inputs:
                 (row,) = re.findall(rf"^ +{re.escape(result['label'])}  .*$", table, re.MULTILINE)
                 assert f" {result['learning_rate']:g}" in row
+                documented = 100 * result["test_accuracy_at_documented_rate"]
+                assert f" {documented:.1f}, {result['documented_rate']:g} " in row
+                assert result["documented_rate"] == METHODS[result["method"]].start
                 assert f" {result['final_train_loss']:#.2g}" in row
                 assert f" {100 * result['test_accuracy']:.1f} " in row
                 assert f" {result['steps_to_target'] or '-'}" in row
@@ -135,6 +138,7 @@ def entry(method, train_loss, accuracy=0.5):
         steps=10 * np.arange(1, train_loss.shape[1] + 1),
         train_loss=train_loss,
         test_accuracy=np.full(train_loss.shape, accuracy),
+        documented_accuracy=np.full(len(train_loss), accuracy),
     )
 
 
