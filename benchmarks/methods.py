@@ -1,6 +1,7 @@
 """The contestants: an optimizer, the normalization of its network, and how to draw it."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -169,6 +170,24 @@ METHODS: dict[str, Method] = {
     ),
     "adamw_z_ln": Method("AdamW in z + LayerNorm", "layer", _in_z(_adamw), True, _SKY, "-", 1e-3),
     # Variants of it: which of its parts matter.
+    "ready_adam_plain_bias": Method(
+        "bnp_adam, scale_bias=False",
+        "none",
+        _ready(functools.partial(bnp_optax.bnp_adam, scale_bias=False)),
+        True,
+        _SKY,
+        ":",
+        ADAM,
+    ),
+    "ready_adam_fresh": Method(
+        "bnp_adam, shrinkage=0",
+        "none",
+        _ready(functools.partial(bnp_optax.bnp_adam, shrinkage=0.0)),
+        True,
+        _GREEN,
+        ":",
+        ADAM,
+    ),
     "bnp_sgd_warm": Method(
         "BNP warm + SGD", "none", _after_bnp(warm_start=True), True, _PURPLE, "-"
     ),
