@@ -34,10 +34,10 @@ def bnp_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     """SGD in z-space: p <- p - learning_rate P P^T g, with P that of `bnp`.
 
-    The plain choice at small batches and for online learning. Momentum, if any, is taken in z. One q
-    serves the whole network, so that one learning rate suits networks and batches of different
-    sizes, for losses of like curvature: the default is on the safe side for squared errors, and a
-    cross-entropy often takes 0.1.
+    The plain choice at small batches and for online learning. Momentum, if any, is taken in z.
+    One q serves the whole network, so that one learning rate suits networks and batches of
+    different sizes, for losses of like curvature: the default is on the safe side for squared
+    errors, and a cross-entropy often takes 0.1.
 
     Args:
       learning_rate: Step size >= 0, or a schedule of it. The default is where to start with any
