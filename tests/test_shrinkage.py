@@ -56,7 +56,8 @@ def matrix(mean, var, window, inv_size, options, q2, has_bias):
 def q_squared(case, params, positions, examples, scale):
     fan_in = {name: math.prod(leaf["kernel"].shape[:-1]) for name, leaf in params.items()}
     if scale == "network":
-        one = max(sum(fan_in.values()) / 30 / examples, math.sqrt(max(positions.values())))
+        roots = math.prod(math.sqrt(p) for p in positions.values()) ** (1 / len(positions))
+        one = max(sum(fan_in.values()) / 30 / examples, roots)
         return dict.fromkeys(fan_in, one)
     return {n: max(fan_in[n] / examples, math.sqrt(positions[n])) for n in fan_in}
 

@@ -88,8 +88,8 @@ def bnp(
       scale: Whether to divide by q. It balances the layers for a plain gradient step; with an
         adaptive optimizer in z it divides the learning rate, which pays with Adam and not with
         Muon. `'network'` has one q for all layers, q^2 = max(sum(n) / (30 N), sqrt(positions)),
-        the sum over the layers and with the most positions of one: for SGD, so that one learning
-        rate suits networks and batches of different sizes.
+        with the sum of n over the layers and the geometric mean of their positions: for SGD, so
+        that one learning rate suits networks and batches of different sizes.
       warm_start: Start the running statistics with the first batch's instead of 0 and 1. It pays
         in short runs, of a few times 1 / (1 - decay) steps, on batches large enough to tell.
       variance: `'batch'` takes the variance about the batch's mean, `'running'` about the running
@@ -279,10 +279,14 @@ def _placed(x: Array, like: Array) -> Array:
     return fitted(x, like) if x.ndim else x
 
 
-def _whole_network(matched: Mapping[str, tuple[Layer, LayerStats]]) -> tuple[float, int]:
-    """The fan-in of all layers together, and the most positions of one."""
-    fan_in = sum(layer.fan_in * _n_stacked(layer, stats) for layer, stats in matched.values())
-    return fan_in / _FAN_IN, max(stats.layer.positions for _, stats in matched.values())
+def _whole_network(matched: Mapping[str, tuple[Layer, LayerStats]]) -> tuple[float, float]:
+    """The fan-in of all layers together, and the geometric mean of their positions."""
+    counts = {name: _n_stacked(layer, stats) for name, (layer, stats) in matched.items()}
+    fan_in = sum(layer.fan_in * counts[name] for name, (layer, _) in matched.items())
+    logs = sum(
+        math.log(stats.layer.positions) * counts[name] for name, (_, stats) in matched.items()
+    )
+    return fan_in / _FAN_IN, math.exp(logs / sum(counts.values()))
 
 
 def _n_stacked(layer: Layer, stats: LayerStats) -> int:

@@ -56,7 +56,7 @@ class Rule(NamedTuple):
       shrinks: Whether statistics are bias-corrected and shrunk.
     """
 
-    q: tuple[float, int] | None
+    q: tuple[float, float] | None
     positions: int
     variance: Variance
     warm_start: bool
