@@ -18,10 +18,12 @@ from bnp_optax.preconditioners import (
     DiagonalState,
     Operator,
     Preconditioner,
+    WhitenState,
     adagrad,
     bnp,
     compose,
     rms,
+    whiten,
 )
 from bnp_optax.sharding import state_sharding
 from bnp_optax.start import start_in_zspace
@@ -61,6 +63,7 @@ __all__ = [
     "ProximalL1State",
     "Summary",
     "TrainState",
+    "WhitenState",
     "adagrad",
     "adam_l1",
     "bnp",
@@ -83,6 +86,7 @@ __all__ = [
     "state_sharding",
     "summarize",
     "value_and_grad",
+    "whiten",
     "zspace_grad_reg",
     "zspace_weight_decay",
 ]

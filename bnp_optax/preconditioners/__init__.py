@@ -6,6 +6,8 @@ from bnp_optax.preconditioners.bnp import bnp
 from bnp_optax.preconditioners.bnp_operator import BNPState
 from bnp_optax.preconditioners.composition import ComposeState, compose
 from bnp_optax.preconditioners.options import BNPOptions, takes_bnp_options
+from bnp_optax.preconditioners.whiten import whiten
+from bnp_optax.preconditioners.whiten_operator import WhitenState
 
 __all__ = [
     "BNPOptions",
@@ -14,9 +16,11 @@ __all__ = [
     "DiagonalState",
     "Operator",
     "Preconditioner",
+    "WhitenState",
     "adagrad",
     "bnp",
     "compose",
     "rms",
     "takes_bnp_options",
+    "whiten",
 ]
