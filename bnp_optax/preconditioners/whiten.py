@@ -15,7 +15,12 @@ from bnp_optax.preconditioners.base import Preconditioner
 from bnp_optax.preconditioners.layout import layers_of
 from bnp_optax.preconditioners.matching import LEFT_OUT, match_statistics
 from bnp_optax.preconditioners.running_covariance import Running, start, updated
-from bnp_optax.preconditioners.whiten_operator import WhitenOperator, WhitenState, with_groups
+from bnp_optax.preconditioners.whiten_operator import (
+    WhitenOperator,
+    WhitenState,
+    roots,
+    with_groups,
+)
 from bnp_optax.statistics import Layer, LayerStats
 
 
@@ -128,7 +133,7 @@ def whiten(
         if not matched:
             return state
         old = [named_leaves(field) for field in state[:-1]]
-        _check_same_layers(list(matched), list(old[-1]))
+        check_same_layers("whiten", list(matched), list(old[-1]))
         # Both are needed, or a donated state would not be donated whole.
         new_hyper, _ = jax.lax.optimization_barrier((hyper(), state.hyper))
         parts = {}
@@ -141,7 +146,7 @@ def whiten(
             parts[name] = updated(before, stats, decay, refresh_every)
         return WhitenState(*_fields(state[:-1], parts), new_hyper)
 
-    return Preconditioner(init, update, lambda state: WhitenOperator(state, layers))
+    return Preconditioner(init, update, lambda state: WhitenOperator(roots(state), layers))
 
 
 def _fields(trees: Any, parts: dict[str, Running]) -> list[Any]:
@@ -212,10 +217,11 @@ def _check_second_moment(name: str, layer: Layer, stats: LayerStats) -> None:
         raise ValueError(msg)
 
 
-def _check_same_layers(found: list[str], expected: list[str]) -> None:
+def check_same_layers(preconditioner: str, found: list[str], expected: list[str]) -> None:
+    """Raise unless the layers of the updates are those of the state."""
     if found != expected:
         msg = (
-            f"The updates have the layers {quoted(found)}, but the state of `whiten` was made for "
-            f"{quoted(expected)}. Call `init` on parameters of the updates' structure."
+            f"The updates have the layers {quoted(found)}, but the state of `{preconditioner}` was "
+            f"made for {quoted(expected)}. Call `init` on parameters of the updates' structure."
         )
         raise ValueError(msg)

@@ -110,8 +110,8 @@ def roots(state: WhitenState) -> dict[str, Root]:
 class WhitenOperator(Operator):
     """P = U S in every layer, the identity elsewhere."""
 
-    def __init__(self, state: WhitenState, layers: Layers | None) -> None:
-        self._roots = roots(state)
+    def __init__(self, of_layers: dict[str, Root], layers: Layers | None) -> None:
+        self._roots = of_layers
         self._layers = layers
 
     def mv(self, z: Any) -> Any:
@@ -177,8 +177,8 @@ class WhitenOperator(Operator):
             n = root.vectors.shape[-2]
             has = f"has running statistics of {n} inputs for `{name}` of fan-in {layer.fan_in}"
         msg = (
-            f"The state of `whiten` {has}: it was made for other parameters. Call `init` on these "
-            "parameters, or restore the state that belongs to them."
+            f"The state of the preconditioner {has}: it was made for other parameters. Call "
+            "`init` on these parameters, or restore the state that belongs to them."
         )
         raise ValueError(msg)
 
