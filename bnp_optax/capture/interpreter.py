@@ -25,8 +25,8 @@ from bnp_optax.capture.rows import Rows
 from bnp_optax.capture.uses import Trace, Use
 from bnp_optax.capture.views import Measure, Part
 
-# Of one product: its statistics, and the rows of its inputs where they are wanted.
-Parts = list[Measure | Rows]
+# Of one product: a `Measure`, and `Rows` where they are wanted.
+Parts = list[Any]
 # The products to measure, and how many rows each is to give: 0 for its statistics alone.
 Wanted = Mapping[Use, int]
 
@@ -241,7 +241,7 @@ def _scan(
     return [*carry, *ys], found
 
 
-def _of_steps(part: Measure | Rows, is_shared: bool) -> Measure | Rows:
+def _of_steps(part: Any, is_shared: bool) -> Any:
     """What the steps of a scan measured, stacked along the leading axis, in the layout outside."""
     if isinstance(part, Rows):
         part = Rows(jnp.swapaxes(part.values, 0, 1), jnp.swapaxes(part.shares, 0, 1), part.count)
@@ -301,7 +301,7 @@ def _shard_map(
         outs, found = function(*args)
         return outs, [[of_device(part) for part in parts] for parts in found]
 
-    def of_device(part: Measure | Rows) -> Measure | Rows:
+    def of_device(part: Any) -> Any:
         if isinstance(part, Rows):
             return part.map(lambda x: x[None])
         return views.average(part, (0,))

@@ -118,7 +118,7 @@ def whiten(
         for name, layer in found.items():
             _check_whole(name, layer, leaves[name])
             parts[name] = start(layer, rank, max_fan_in)
-        return WhitenState(*_fields(mask_leaves(params), parts), hyper())
+        return WhitenState._make([*_fields(mask_leaves(params), parts), hyper()])
 
     def update(
         grads: Any,
@@ -142,9 +142,9 @@ def whiten(
             if layers is None:
                 layer = with_groups(layer, stats.layer.block_shape, layers)
             _check_second_moment(name, layer, stats)
-            before = _widened(layer, Running(*(field.get(name) for field in old)))
+            before = _widened(layer, Running._make(field.get(name) for field in old))
             parts[name] = updated(before, stats, decay, refresh_every)
-        return WhitenState(*_fields(state[:-1], parts), new_hyper)
+        return WhitenState._make([*_fields(state[:-1], parts), new_hyper])
 
     return Preconditioner(init, update, lambda state: WhitenOperator(roots(state), layers))
 
@@ -180,7 +180,7 @@ def _widened(layer: Layer, before: Running) -> Running:
         inserted = jnp.expand_dims(array, len(old))
         return jnp.broadcast_to(inserted, (*blocks, *inserted.shape[len(blocks) :]))
 
-    return Running(*map(widened, before[:-1]), before.numbers)
+    return Running._make([*map(widened, before[:-1]), before.numbers])
 
 
 def _check_whole(name: str, layer: Layer, kernel: Any) -> None:

@@ -126,12 +126,12 @@ def orthogonalize(
         kernels, others = parted(updates)
         grads = jax.tree.map(lambda g: g.astype(_at_least_float32(g)), kernels)
         mu = jax.tree.map(lambda m, g: momentum * m + (1.0 - momentum) * g, state.mu, grads)
-        count = optax.safe_increment(state.count)
+        count: Any = optax.safe_increment(state.count)
 
-        def corrected(x: Array, n_gradients: Array) -> Array:
+        def corrected(x: Array, n_gradients: Any) -> Array:
             return x / (1.0 - jnp.asarray(momentum, x.dtype) ** n_gradients)
 
-        def direction(m: Array, g: Array) -> Array:
+        def direction(m: Array, g: Array) -> Any:
             if not nesterov:
                 return corrected(m, count)
             # As Optax has it: the momentum of the next step, with this gradient for its.
