@@ -37,7 +37,7 @@ def start(layer: Layer, rank: int, max_fan_in: int) -> Running:
     """Those of a layer before the first batch, of mu = 0 and M2 = I."""
     n, blocks = layer.fan_in, layer.block_shape
     mean = jnp.zeros((*blocks, n), jnp.float32) if layer.bias else None
-    numbers = jnp.array([0.0, 0.0, 1.0], jnp.float32)
+    numbers = jnp.array([1.0, 0.0, 0.0], jnp.float32)
 
     def everywhere(x: ArrayLike) -> Array:
         x = jnp.asarray(x, jnp.float32)
@@ -56,7 +56,7 @@ def start(layer: Layer, rank: int, max_fan_in: int) -> Running:
 def updated(before: Running, stats: LayerStats, decay: ArrayLike, refresh_every: int) -> Running:
     """The running statistics with those of a batch, unless these are not finite or of no input."""
     mean, covariance, vectors, values, numbers = before
-    entered, rejected, pending = numbers
+    pending, entered, rejected = numbers
     batch_mean, batch = stats.input_mean, stats.total_covariance
     assert batch is not None  # Who calls has seen to it.
     rate = jnp.maximum(1.0 - jnp.asarray(decay, jnp.float32), 1.0 / (entered + 2.0))
@@ -80,7 +80,7 @@ def updated(before: Running, stats: LayerStats, decay: ArrayLike, refresh_every:
         gap = 1.0 if mean is None else pending
         values, vectors = jax.lax.cond(
             due,
-            _refreshed,
+            refreshed,
             lambda values, vectors, *_: (values, vectors),
             *(values, vectors, pending, batch, jnp.sqrt(gap) * distance),
         )
@@ -88,11 +88,11 @@ def updated(before: Running, stats: LayerStats, decay: ArrayLike, refresh_every:
     else:
         values, vectors = jax.lax.cond(
             due,
-            lambda values, vectors, covariance: _decomposed(covariance),
+            lambda values, vectors, covariance: decomposed(covariance),
             lambda values, vectors, _: (values, vectors),
             *(values, vectors, covariance),
         )
-    numbers = jnp.stack([entered, rejected, pending])
+    numbers = jnp.stack([pending, entered, rejected])
     return Running(mean, covariance, vectors, values, numbers)
 
 
@@ -110,13 +110,13 @@ def _is_due(entered: Array, refresh_every: int) -> Bool[Array, ""]:
     return (number % refresh_every == 0) | (early & (number < refresh_every))
 
 
-def _decomposed(covariance: Array) -> tuple[Array, Array]:
+def decomposed(covariance: Array) -> tuple[Array, Array]:
     """Eigenvalues, none of them negative, and eigenvectors."""
     vectors, values = jax.lax.linalg.eigh(covariance)
     return jnp.maximum(values, 0.0), vectors
 
 
-def _refreshed(
+def refreshed(
     values: Array, vectors: Array, kept: Array, batch: Array, distance: Array
 ) -> tuple[Array, Array]:
     """The leading eigenvectors of kept C + (1 - kept) (batch + distance distance^T).
@@ -144,7 +144,7 @@ def _refreshed(
     for _ in range(_N_POWERS):
         basis = jnp.linalg.qr(product(basis))[0]
     small = dot(transposed(basis), product(basis))
-    small_values, small_vectors = _decomposed(0.5 * (small + transposed(small)))
+    small_values, small_vectors = decomposed(0.5 * (small + transposed(small)))
     old_trace = jnp.sum(known, axis=-1) + (n - rank) * rest[..., 0]
     new_trace = jnp.trace(batch, axis1=-2, axis2=-1) + jnp.sum(distance**2, axis=-1)
     trace = kept * old_trace + (1.0 - kept) * new_trace

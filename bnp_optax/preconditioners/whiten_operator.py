@@ -45,9 +45,9 @@ class WhitenState(NamedTuple):
         where there is no bias.
       vectors: Eigenvectors V of C as it was at the last refresh, (n, k).
       values: Its eigenvalues, (k,); of a wide layer (k + 1,), the last for the complement of V.
-      numbers: At all kernels, three numbers: how many batches entered the running statistics; how
-        many did not, as they were not finite; and the weight, by now, of what the eigenvectors of a
-        wide layer are of.
+      numbers: At all kernels, three numbers: the weight, by now, of what the eigenvectors of a wide
+        layer are of; how many batches entered the running statistics; and how many did not, as
+        they were not finite.
       hyper: `exponent` and `damping`.
     """
 
@@ -102,7 +102,7 @@ def roots(state: WhitenState) -> dict[str, Root]:
             sizes = sizes.at[..., -1].set(fan_in - k)
         average = jnp.sum(sizes * s, axis=-1, keepdims=True) / fan_in
         damped = s + jnp.maximum(damping * average, FLOOR)
-        spectrum = jnp.where(numbers[name][0] > 0, damped, 1.0)
+        spectrum = jnp.where(numbers[name][1] > 0, damped, 1.0)
         result[name] = Root(means.get(name), vectors[name], spectrum, exponent)
     return result
 
