@@ -61,7 +61,7 @@ GROUPS = (
     Group(
         "figure-5",
         "Convolutional network (the paper's Figure 5)",
-        ("cnn-*",),
+        ("cnn-cifar10-*",),
         ("sgd", "batchnorm", "batchrenorm", "four_things", "bnp_sgd"),
     ),
     Group(

@@ -104,14 +104,20 @@ class Contestant:
 
 def adam_z_exact(rate: float) -> Any:
     """Adam in z with a P that scales all inputs, however small."""
-    return bnp_optax.bnp_adam(rate, eps_rel=1e-8, eps_abs=0.0)
+    exact = bnp_optax.bnp(eps_rel=1e-8, eps_abs=0.0)
+    return bnp_optax.in_zspace(optax.adam(rate), exact)
+
+
+def adam_z(rate: float) -> Any:
+    """Adam in z with the paper's P."""
+    return bnp_optax.in_zspace(optax.adam(rate), bnp_optax.bnp())
 
 
 CONTESTANTS = (
     Contestant("Adam", optax.adam),
     Contestant("Adam, scaled by hand", optax.adam, by_hand=True),
     Contestant("Adam, from z", optax.adam, from_z=True),
-    Contestant("Adam in z", bnp_optax.bnp_adam, in_z=True),
+    Contestant("Adam in z", adam_z, in_z=True),
     Contestant("Adam in z, from z", adam_z_exact, in_z=True, from_z=True),
 )
 

@@ -1,6 +1,7 @@
 """The contestants: an optimizer, the normalization of its network, and how to draw it."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -13,6 +14,11 @@ from benchmarks.models import Norm
 # One grid for all contestants, about three to a decade.
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 MOMENTUM = 0.9
+# The documented rates of the ready-made optimizers.
+SGD, ADAM, ADAMW = (
+    inspect.signature(make).parameters["learning_rate"].default
+    for make in (bnp_optax.bnp_sgd, bnp_optax.bnp_adam, bnp_optax.bnp_adamw)
+)
 # Decoupled, of AdamW and of Muon; on the scales and offsets of the four improvements, L2.
 WEIGHT_DECAY = 1e-2
 NORM_DECAY = 1e-4
@@ -124,6 +130,14 @@ def _whiten_muon(rate: Any, layers: Layers | None) -> optax.GradientTransformati
     return bnp_optax.whiten_muon(rate, layers=layers)
 
 
+def _ready(make: Make) -> Make:
+    return lambda rate, layers: make(rate, layers=layers)
+
+
+def _ready_adamw(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
+    return bnp_optax.bnp_adamw(rate, weight_decay=WEIGHT_DECAY, mask=is_kernel, layers=layers)
+
+
 _BLACK, _ORANGE, _SKY, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 _VERMILION, _BLUE, _PURPLE, _YELLOW = "#D55E00", "#0072B2", "#CC79A7", "#F0E442"
 
@@ -147,7 +161,11 @@ METHODS: dict[str, Method] = {
     "layernorm_adam": Method("LayerNorm + Adam", "layer", _adam, False, _GREEN, "--", 1e-3),
     "layernorm_adamw": Method("LayerNorm + AdamW", "layer", _adamw, False, _GREEN, "-.", 1e-3),
     "layernorm_muon": Method("LayerNorm + Muon", "layer", _muon, False, _YELLOW, "-.", 1e-2),
-    # What this library adds.
+    # What this library adds: the ready-made optimizers, whose search starts at the default rate,
+    "ready_sgd": Method("bnp_sgd", "none", _ready(bnp_optax.bnp_sgd), True, _VERMILION, "-", SGD),
+    "ready_adam": Method("bnp_adam", "none", _ready(bnp_optax.bnp_adam), True, _BLUE, "-", ADAM),
+    "ready_adamw": Method("bnp_adamw", "none", _ready_adamw, True, _BLUE, "--", ADAMW),
+    # and the paper's statistics.
     "bnp_sgd": Method("BNP + SGD", "none", _after_bnp(), True, _VERMILION, "-"),
     "bnp_momentum": Method("BNP + momentum", "none", _momentum_after_bnp, True, _PURPLE, "-", 1e-2),
     "adam_z": Method("Adam in z (BNP)", "none", _in_z(_adam), True, _BLUE, "-", 1e-3),

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import scale_modes
 from benchmarks.environment import environment
-from benchmarks.scale_modes import DEVICES, MODES, OPTIMIZERS, batches
+from benchmarks.scale_modes import DEVICES, MODES
+from benchmarks.scale_training import OPTIMIZERS, batches, error, reference, train
 
 _COLLECTIVE = re.compile(
     r"\b(all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
@@ -49,16 +49,16 @@ def collectives(training: Any) -> int | None:
 
 def measure(mode: str, optimizer: str) -> Row:
     """One row of the table."""
-    method = scale_modes.OPTIMIZERS[optimizer]
-    plain = collectives(scale_modes.MODES[mode](method, True))
-    training = scale_modes.MODES[mode](method, False)
-    error = scale_modes.error(scale_modes.train(training), scale_modes.reference(optimizer))
+    method = OPTIMIZERS[optimizer]
+    plain = collectives(MODES[mode](method, True))
+    training = MODES[mode](method, False)
+    distance = error(train(training), reference(optimizer))
     size = getattr(training.step, "_cache_size", None)
     compilations = None if size is None else size()
     return {
         "mode": mode,
         "optimizer": optimizer,
-        "error": error,
+        "error": distance,
         "plain_collectives": plain,
         "collectives": collectives(training),
         "compilations": compilations,

@@ -15,10 +15,11 @@ def next_rate(scores: Mapping[float, float], grid: Sequence[float], start: float
     Args:
       scores: Of the rates tried; -inf if training failed.
       grid: Rates, increasing.
-      start: Where the search begins.
+      start: Where the search begins; tried in any case.
     """
-    if not scores:
-        return grid[_nearest(grid, start)]
+    first = grid[_nearest(grid, start)]
+    if first not in scores:
+        return first
     if all(score == -math.inf for score in scores.values()):
         lowest, highest = grid.index(min(scores)), grid.index(max(scores))
         if lowest > 0:

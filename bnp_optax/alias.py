@@ -10,10 +10,24 @@ from bnp_optax._checks import check_fraction, check_non_negative
 from bnp_optax.preconditioners import BNPOptions, bnp, rms, takes_bnp_options
 from bnp_optax.transforms import bnp_precondition, in_zspace, proximal_l1
 
+# Chosen on half of the problems of the benchmarks; docs/decisions.md says by what.
+SGD_OPTIONS: BNPOptions = {
+    "eps_rel": 1.0,
+    "eps_abs": 1e-8,
+    "scale": "network",
+    "shrinkage": 10.0,
+}
+ADAM_OPTIONS: BNPOptions = {
+    "eps_rel": 0.3,
+    "eps_abs": 1e-8,
+    "shrinkage": 10.0,
+    "scale_bias": True,
+}
 
-@takes_bnp_options
+
+@takes_bnp_options(**SGD_OPTIONS)
 def bnp_sgd(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule = 0.1,
     momentum: ArrayLike | None = None,
     nesterov: bool = False,
     **bnp_options: Unpack[BNPOptions],
@@ -53,16 +67,17 @@ def bnp_sgd(
     """
     check_non_negative("learning_rate", learning_rate)
     check_fraction("momentum", momentum)
+    options = SGD_OPTIONS | bnp_options
     if momentum is None:
         # Without memory the two ways are one, and M in one pass is the cheaper.
-        sgd = optax.chain(bnp_precondition(**bnp_options), optax.sgd(learning_rate))
+        sgd = optax.chain(bnp_precondition(**options), optax.sgd(learning_rate))
         return optax.with_extra_args_support(sgd)
-    return in_zspace(optax.sgd(learning_rate, momentum, nesterov), bnp(**bnp_options))
+    return in_zspace(optax.sgd(learning_rate, momentum, nesterov), bnp(**options))
 
 
-@takes_bnp_options
+@takes_bnp_options(**ADAM_OPTIONS)
 def bnp_adam(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
@@ -104,12 +119,12 @@ def bnp_adam(
     Regularization", (4).
     """
     _check_adam(learning_rate, b1, b2, eps)
-    return in_zspace(optax.adam(learning_rate, b1, b2, eps), bnp(**bnp_options))
+    return in_zspace(optax.adam(learning_rate, b1, b2, eps), bnp(**(ADAM_OPTIONS | bnp_options)))
 
 
-@takes_bnp_options
+@takes_bnp_options(**ADAM_OPTIONS)
 def bnp_adamw(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
@@ -158,7 +173,7 @@ def bnp_adamw(
     _check_adam(learning_rate, b1, b2, eps)
     check_non_negative("weight_decay", weight_decay)
     inner = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
-    return in_zspace(inner, bnp(**bnp_options))
+    return in_zspace(inner, bnp(**(ADAM_OPTIONS | bnp_options)))
 
 
 def adam_l1(

@@ -77,8 +77,8 @@ def test_a_run_is_a_plain_training_loop(digits, name):
 
     tx = {
         "sgd": optax.sgd(0.05),
-        "bnp_sgd": bnp_optax.bnp_sgd(0.05),
-        "adam_z": bnp_optax.bnp_adam(0.05),
+        "bnp_sgd": optax.chain(bnp_optax.bnp_precondition(), optax.sgd(0.05)),
+        "adam_z": bnp_optax.in_zspace(optax.adam(0.05), bnp_optax.bnp()),
     }[name]
     tx, value_and_grad = optax.with_extra_args_support(tx), bnp_optax.value_and_grad(loss_fn)
     state = tx.init(params)

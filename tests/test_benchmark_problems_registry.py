@@ -9,6 +9,7 @@ from benchmark_problem_cases import SMALL
 
 from benchmarks.problems import lineups, problems, text
 from benchmarks.problems.base import Problem
+from benchmarks.problems.halves import is_held_out
 
 
 @pytest.mark.parametrize("scale", ["small", "paper"])
@@ -44,13 +45,20 @@ def test_methods_of_problems():
     assert SMALL["resnet18-imagenet"].decay["groupnorm_momentum"] == 1e-4
 
 
+def test_half_of_the_problems_are_held_out():
+    held_out = [name for name in SMALL if is_held_out(name)]
+    assert len(SMALL) / 2 <= len(held_out) <= len(SMALL) / 2 + 2
+    assert {"drift-digits", "friedman2-raw", "text-scikit-learn"} <= set(held_out)
+    assert not {"friedman-raw", "text-transformer", "fc-cifar10-b1-raw"} & set(held_out)
+
+
 def test_points_must_divide_steps():
     with pytest.raises(ValueError, match="`points` must divide `steps`, got 3 and 10 in p"):
         Problem("p", "P", lambda _: None, lambda *_: None, 1, 10, 3, ("sgd",))
 
 
 def norms_of(name):
-    if name == "text-transformer":
+    if name.startswith("text-"):
         return ["none", "layer"]
     if name.startswith("resnet"):
         return ["none", "batch", "group"]
@@ -61,11 +69,11 @@ def norms_of(name):
 def test_networks_take_their_norms(name):
     problem = SMALL[name]
     shape, dtype = (problem.batch_size, 8, 8, 1), jnp.float32
-    if name == "text-transformer":
+    if name.startswith("text-"):
         shape, dtype = (problem.batch_size, text.CONTEXT), jnp.int32
-    elif "cifar" in name or "imagenet" in name:
+    elif "cnn-" in name or "cifar" in name or "imagenet" in name:
         shape = (problem.batch_size, 32, 32, 3)
-    elif problem.task == "regression":
+    elif problem.task == "regression" or name.startswith("breast"):
         shape = (problem.batch_size, 10)
     x, key = jax.ShapeDtypeStruct(shape, dtype), jax.random.key(0)
     for norm in norms_of(name):

@@ -7,7 +7,7 @@ from benchmark_problem_cases import SPLITS
 from benchmarks.problems import tabular
 
 
-@pytest.mark.parametrize("name", ["tabular", "friedman"])
+@pytest.mark.parametrize("name", ["tabular", "friedman", "friedman2", "friedman3"])
 def test_targets_are_standardized_by_the_training_split(name):
     raw, standardized = (tabular.Table(name, inputs)() for inputs in ("raw", "standardized"))
     y = raw.train.y
@@ -45,3 +45,11 @@ def test_friedmans_columns_are_uniform():
     np.testing.assert_allclose(unit.mean(0), 0.5, atol=4 * np.sqrt(1 / 12 / 2000))
     np.testing.assert_array_less(spread, 100)
     np.testing.assert_array_less(0.0099, spread)
+
+
+def test_breast_cancer_has_classes():
+    loaded = tabular.Table("breast-cancer", "raw")()
+    assert loaded.train.y.dtype == np.int32
+    assert set(loaded.train.y) == {0, 1}
+    assert "target" not in loaded.facts
+    assert tabular.table("breast-cancer", "raw", "small").task == "classification"

@@ -25,13 +25,15 @@ def test_targets_are_the_characters_after():
     assert len(text.windows(codes[: text.CONTEXT + 1])[0]) == 1
 
 
-def test_splits_of_text_share_no_module():
-    modules = [module for part in SPLITS for module in text.MODULES[part]]
+@pytest.mark.parametrize("source", [text.PYTHON, text.SKLEARN])
+def test_splits_of_text_share_no_module(source):
+    modules = [module for part in SPLITS for module in source.modules[part]]
     assert len(set(modules)) == len(modules)
 
 
-def test_text_of_the_standard_library():
-    loaded = text.load()
+@pytest.mark.parametrize("source", [text.PYTHON, text.SKLEARN])
+def test_text(source):
+    loaded = source()
     for part in SPLITS:
         split = getattr(loaded, part)
         assert split.x.shape == split.y.shape == (len(split), text.CONTEXT)
@@ -40,13 +42,13 @@ def test_text_of_the_standard_library():
         assert split.x.min() >= 0
         assert split.x.max() < len(text.CHARACTERS)
     assert len(loaded.validation) == len(loaded.test) == text.N_EVAL
-    assert loaded.facts["n_files"] == sum(map(len, text.MODULES.values()))
-    assert 1e6 < loaded.facts["n_characters"] < 4e6
-    again = text.load()
+    assert loaded.facts["n_files"] == sum(map(len, source.modules.values()))
+    assert 7e5 < loaded.facts["n_characters"] < 4e6
+    again = source()
     np.testing.assert_array_equal(again.test.x, loaded.test.x)
 
 
 def test_python_without_its_source(tmp_path, monkeypatch):
     monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(data.DataError, match=r"cannot read .*argparse\.py .*installed as files"):
-        text.load()
+        text.PYTHON()

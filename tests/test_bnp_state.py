@@ -5,6 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -43,7 +44,7 @@ def test_the_state_is_at_the_kernels():
     shapes = jax.tree.map(jnp.shape, state)
     assert shapes.mean == {"a": {"kernel": (3, 1), "bias": mask}, "b": {"kernel": mask}}
     assert shapes.var == {"a": {"kernel": (3, 1), "bias": mask}, "b": {"kernel": (2, 1)}}
-    assert shapes.numbers == {"a": {"kernel": (4,), "bias": mask}, "b": {"kernel": (4,)}}
+    assert shapes.numbers == {"a": {"kernel": (5,), "bias": mask}, "b": {"kernel": (5,)}}
     assert shapes.inputs == jax.tree.map(lambda _: mask, params)
     assert shapes.eps == (2,)
 
@@ -74,8 +75,8 @@ def test_metrics_count_what_entered():
     state, layers = stepped(spoil)
     logged = jax.jit(bnp_optax.metrics)(state)
     assert set(logged) == {
-        *("layers_never_seen", "batches_rejected", "kappa_max"),
-        *("kappa/w1", "kappa/w2", "q/w1", "q/w2"),
+        *("layers_never_seen", "batches_rejected", "kappa_max", "gain_spread"),
+        *("kappa/w1", "kappa/w2", "q/w1", "q/w2", "gain/w1", "gain/w2"),
     }
     assert all(value.shape == () for value in logged.values())
     assert (int(logged["layers_never_seen"]), int(logged["batches_rejected"])) == (1, 2)
@@ -84,6 +85,31 @@ def test_metrics_count_what_entered():
     part = bnp_optax.metrics({"any": [state]}, {"w2": layers["w2"]})
     assert int(part["layers_never_seen"]) == int(part["batches_rejected"]) == 0
     assert set(part) & {"q/w1", "kappa/w1"} == set()
+
+
+def test_metrics_of_gains_and_updates():
+    layers = bnp_optax.find_layers(plain_loss, PLAIN)
+    bnp = bnp_optax.bnp(layers=layers)
+    tx = bnp_optax.in_zspace(optax.sgd(0.1), bnp)
+    _, grads, stats = bnp_optax.value_and_grad(plain_loss)(PLAIN)
+    updates, state = tx.update(grads, tx.init(PLAIN), PLAIN, layer_stats=stats)
+    logged = jax.jit(lambda state, updates: bnp_optax.metrics(state, updates=updates))(
+        state, updates
+    )
+    P = bnp.operator(state.preconditioner)
+    # P moves each entry of a kernel by its own factor: that of a tree of ones without biases.
+    factors = P.mv({n: jnp.ones_like(p) if n in layers else 0.0 * p for n, p in PLAIN.items()})
+    in_z = P.solve(updates)
+    gains = {name: np.sqrt(np.mean(np.square(factors[name]))) for name in layers}
+    for name, gain in gains.items():
+        np.testing.assert_allclose(logged[f"gain/{name}"], gain, rtol=1e-5)
+        for key, tree in (("update_norm", updates), ("update_norm_in_z", in_z)):
+            want = np.linalg.norm(np.asarray(tree[name], np.float64))
+            np.testing.assert_allclose(logged[f"{key}/{name}"], want, rtol=1e-5)
+    spread = max(gains.values()) / min(gains.values())
+    np.testing.assert_allclose(logged["gain_spread"], spread, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"`updates` has no `w1`, but `w2`\. Pass what `update`"):
+        bnp_optax.metrics(state, updates={"w2": updates["w2"]})
 
 
 def test_metrics_of_a_layer_that_did_not_run_and_of_no_state():
@@ -107,7 +133,7 @@ def test_conditioning_needs_no_names():
         return jnp.mean((x @ p["w1"] + p["b1"][None]) ** 2)
 
     layers = bnp_optax.find_layers(loss_fn, params)
-    tx = bnp_optax.bnp_sgd(0.1, decay=0.0, eps_rel=0.0, eps_abs=0.0, layers=layers)
+    tx = bnp_optax.bnp_precondition(decay=0.0, eps_rel=0.0, eps_abs=0.0, layers=layers)
     _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params)
     _, state = tx.update(grads, tx.init(params), params, layer_stats=stats)
     for given in (None, layers):

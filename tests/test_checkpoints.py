@@ -51,10 +51,10 @@ def test_a_committed_checkpoint_is_restored_and_training_goes_on(name, restore):
     )
     want = json.loads((make_checkpoints.DATA / "losses.json").read_text())[name]
     np.testing.assert_allclose(losses, want, rtol=1e-4)
-    # The state matters: from a fresh one the losses are others.
+    # The state matters: from a fresh one the losses are others, by 50 times the tolerance.
     fresh = tree | {"opt_state": tx.init(tree["params"])}
     others = make_checkpoints.train(tx, fresh, make_checkpoints.N_BEFORE, 3)[1]
-    assert abs(others[-1] - want[-1]) > 0.01 * want[-1]
+    assert abs(others[-1] - want[-1]) > 50 * 1e-4 * want[-1]
 
 
 def test_the_names_of_the_state_are_those_of_the_checkpoint():

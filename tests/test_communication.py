@@ -14,6 +14,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import bnp_optax
+from benchmarks.scale_modes import MODES
+from benchmarks.scale_training import OPTIMIZERS, batches
 from benchmarks.transformer_cost import Transformer
 
 WIDTH = 64
@@ -106,6 +108,15 @@ def test_sharded_kernels_are_gathered_for_the_loss_alone(options):
     ]
     assert sorted(kernels[0]) == sorted(kernels[1])
     assert kernels[0]
+
+
+def test_features_in_shards_are_moved_once_to_join_the_layers():
+    """Mean, variance and rest together, of three layers: not each of them apart."""
+    training = MODES["auto, columns"](OPTIMIZERS["bnp_adam"], False)
+    x, y = (training.place(a[0]) for a in batches())
+    found = collectives(training.step.lower(training.carry, x, y).compile())
+    moved = [n_bytes for kind, n_bytes in found if kind == "all-to-all"]
+    assert 0 < len(moved) <= 4
 
 
 def rows(shape, ratio=1e4):

@@ -51,19 +51,27 @@ def train_state(params, tx):
     return bnp_optax.TrainState.create(apply_fn=lambda: None, params=params, tx=tx)
 
 
+PAPERS = {
+    "eps_rel": 1e-2,
+    "eps_abs": 1e-4,
+    "scale": True,
+    "scale_bias": False,
+    "shrinkage": None,
+}
+
 WRAPPERS = {
-    "alias": (lambda: bnp_optax.bnp_sgd(0.1), None),
-    "in_zspace": (lambda: bnp_optax.bnp_adam(0.1), None),
-    "chain": (lambda: optax.chain(optax.clip(1.0), bnp_optax.bnp_sgd(0.1)), None),
+    "alias": (lambda: bnp_optax.bnp_sgd(0.1, **PAPERS), None),
+    "in_zspace": (lambda: bnp_optax.bnp_adam(0.1, **PAPERS), None),
+    "chain": (lambda: optax.chain(optax.clip(1.0), bnp_optax.bnp_sgd(0.1, **PAPERS)), None),
     "masked": (
         lambda: optax.masked(
-            bnp_optax.bnp_sgd(0.1), {"Dense_0": True, "Dense_1": False}
+            bnp_optax.bnp_sgd(0.1, **PAPERS), {"Dense_0": True, "Dense_1": False}
         ),
         ["Dense_0/kernel"],
     ),
     "partition": (
         lambda: optax.partition(
-            {"a": bnp_optax.bnp_sgd(0.1), "b": bnp_optax.bnp_sgd(0.2)},
+            {"a": bnp_optax.bnp_sgd(0.1, **PAPERS), "b": bnp_optax.bnp_sgd(0.2, **PAPERS)},
             {"Dense_0": "a", "Dense_1": "b"},
         ),
         None,

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -111,7 +112,8 @@ def test_bnp_is_the_preconditioner_of_the_library():
         jnp.asarray(40.0),
         bnp_optax.Layer("kernel", None, (-2,)),
     )
-    tx = bnp_optax.bnp_sgd(0.5, decay=0.0, eps_rel=0.0, eps_abs=0.0, scale=False)
+    exact = bnp_optax.bnp_precondition(decay=0.0, eps_rel=0.0, eps_abs=0.0, scale=False)
+    tx = optax.chain(exact, optax.sgd(0.5))
     state = tx.init(params)
     for _ in range(5):
         grads = jax.grad(loss_fn)(params)

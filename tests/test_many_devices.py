@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import bnp_optax
-from benchmarks import scale, scale_modes
-from benchmarks.scale_modes import BATCH, MODES, OPTIMIZERS, error, one_device, reference, train
+from benchmarks import scale, scale_training
+from benchmarks.scale_modes import MODES
+from benchmarks.scale_training import BATCH, OPTIMIZERS, error, one_device, reference, train
 
 # An update that is not made, or statistics of one device's share of the rows, are 1e-2 or more.
 TOLERANCE = 1e-6
@@ -27,7 +28,7 @@ FIRST = {"bnp_adam", "zspace_grad_reg"}
 def test_ends_where_one_device_does(mode, optimizer):
     training = MODES[mode](OPTIMIZERS[optimizer], False)
     found = train(training)
-    start = jax.tree.leaves(scale_modes.initial())
+    start = jax.tree.leaves(scale_training.initial())
     assert error(start, reference(optimizer)) > 1e-2
     assert error(found, reference(optimizer)) < TOLERANCE
 
@@ -35,13 +36,13 @@ def test_ends_where_one_device_does(mode, optimizer):
 @pytest.mark.parametrize("mode", ["explicit, rows", "explicit, FSDP", "shard_map", "auto, columns"])
 def test_ends_there_but_for_rounding(mode, x64, monkeypatch):
     """In float64 also with Adam's usual eps, which makes steps of what rounding leaves of zeros."""
-    initial, batches = scale_modes.initial, scale_modes.batches
+    initial, batches = scale_training.initial, scale_training.batches
 
     def doubled(tree):
         return jax.tree.map(lambda a: a.astype(np.float64), tree)
 
-    monkeypatch.setattr(scale_modes, "initial", lambda: doubled(initial()))
-    monkeypatch.setattr(scale_modes, "batches", lambda: doubled(batches()))
+    monkeypatch.setattr(scale_training, "initial", lambda: doubled(initial()))
+    monkeypatch.setattr(scale_training, "batches", lambda: doubled(batches()))
     adam = dataclasses.replace(
         OPTIMIZERS["bnp_adam"], make=lambda: bnp_optax.bnp_adam(1e-2, batch_size=BATCH)
     )

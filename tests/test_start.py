@@ -17,7 +17,7 @@ UNITS = [  # x -> scale x + shift, one for each input.
 X = np.random.default_rng(0).normal(size=(8, 16, 3)) * [1.0, 2.0, 0.5] + [0.3, -1.0, 0.0]
 Y = jnp.asarray(np.sin(X.sum(-1)), jnp.float32)
 # P scales every input, however small, and stays as the statistics that it was given.
-HELD = {"decay": 0.0, "eps_rel": 0.0, "eps_abs": 0.0, "scale": False}
+HELD = {"eps_rel": 0.0, "eps_abs": 0.0, "scale": False, "shrinkage": 0.0, "scale_bias": False}
 
 
 class Net(nn.Module):

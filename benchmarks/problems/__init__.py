@@ -3,8 +3,8 @@
 from benchmarks.problems.base import Data, Problem, Scale
 from benchmarks.problems.drift import drifting
 from benchmarks.problems.images import image_problems
-from benchmarks.problems.tabular import regression
-from benchmarks.problems.text import next_character
+from benchmarks.problems.tabular import Inputs, table
+from benchmarks.problems.text import PYTHON, SKLEARN, next_character
 
 __all__ = ["Data", "Problem", "Scale", "problems"]
 
@@ -16,15 +16,18 @@ def problems(scale: Scale) -> dict[str, Problem]:
       scale: `'small'` for runs of seconds to minutes on a CPU, `'paper'` for the paper's networks,
         sizes and lengths.
     """
+    both: tuple[Inputs, Inputs] = ("raw", "standardized")
     all_of_them = [
         *image_problems(scale),
         drifting("digits", "scattering", scale),
         drifting("mnist", "scattering", scale),
         drifting("digits", "growing", scale),
-        regression("tabular", "raw", scale),
-        regression("tabular", "standardized", scale),
-        regression("friedman", "raw", scale),
-        regression("friedman", "standardized", scale),
-        next_character(scale),
+        *(table("tabular", inputs, scale) for inputs in both),
+        *(table("friedman", inputs, scale) for inputs in both),
+        *(table("friedman2", inputs, scale) for inputs in both),
+        *(table("friedman3", inputs, scale) for inputs in both),
+        *(table("breast-cancer", inputs, scale) for inputs in both),
+        next_character(PYTHON, scale),
+        next_character(SKLEARN, scale),
     ]
     return {problem.name: problem for problem in all_of_them}

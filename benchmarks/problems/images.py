@@ -191,21 +191,25 @@ def fully_connected_network(norm: Norm, steps: int) -> MLP:
     return MLP(hidden=HIDDEN, classes=10, norm=norm, steps=steps, kernel_init=init)
 
 
-def convolutional(batch_size: int, inputs: Inputs, scale: Scale) -> Problem:
-    """The network of three convolutions and two dense layers on CIFAR-10."""
-    sizes, steps, points = _extent("cifar10", batch_size, scale, CONVOLUTIONAL[batch_size])
+def convolutional(name: Name, batch_size: int, inputs: Inputs, scale: Scale) -> Problem:
+    """The network of three convolutions and two dense layers."""
+    sizes, steps, points = _extent(name, batch_size, scale, CONVOLUTIONAL[batch_size])
     points = POINTS_CONVOLUTIONAL if scale == "small" else points
-    figures = {128: "Figure 5, left", 2: "Figure 5, right", 1: "Figure 4, right"}
+    figures = {
+        ("cifar10", 128): "Figure 5, left",
+        ("cifar10", 2): "Figure 5, right",
+        ("cifar10", 1): "Figure 4, right",
+    }
     return Problem(
-        name=f"cnn-cifar10-b{batch_size}-{inputs}",
-        title=f"5-layer CNN, CIFAR-10, batch size {batch_size}, {inputs} inputs",
-        load=Images("cifar10", sizes, inputs, per="channel"),
+        name=f"cnn-{name.replace('_', '-')}-b{batch_size}-{inputs}",
+        title=f"5-layer CNN, {_TITLES[name]}, batch size {batch_size}, {inputs} inputs",
+        load=Images(name, sizes, inputs, per="channel"),
         network=lambda norm, steps: PaperCNN(norm=norm, steps=steps, convolution=_convolution()),
         batch_size=batch_size,
         steps=steps,
         points=points,
-        methods=lineups.CONVOLUTIONAL,
-        source=figures[batch_size],
+        methods=lineups.CONVOLUTIONAL if name == "cifar10" else lineups.HELD_OUT,
+        source=figures.get((name, batch_size)),
     )
 
 
@@ -311,7 +315,11 @@ def image_problems(scale: Scale) -> Iterator[Problem]:
             yield connected("cifar10", batch_size, inputs, methods=methods)
     for batch_size in CONVOLUTIONAL:
         for inputs in both:
-            yield convolutional(batch_size, inputs, scale)
+            yield convolutional("cifar10", batch_size, inputs, scale)
+    for inputs in both:
+        yield connected("fashion_mnist", 6, inputs, methods=lineups.HELD_OUT)
+        yield convolutional("fashion_mnist", 128, inputs, scale)
+        yield convolutional("mnist", 2, inputs, scale)
     yield residual_cifar("cifar10", scale)
     yield residual_cifar("cifar100", scale)
     yield residual_imagenet(scale)

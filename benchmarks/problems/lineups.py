@@ -11,6 +11,9 @@ CORE = (
     "groupnorm",
     "batchnorm_adam",
     "layernorm_adam",
+    "ready_sgd",
+    "ready_adam",
+    "ready_adamw",
     "bnp_sgd",
     "bnp_momentum",
     "adam_z",
@@ -37,6 +40,8 @@ CONVOLUTIONAL = (
     "batchnorm_adam",
     "layernorm_adam",
     *REMEDIES,
+    "ready_sgd",
+    "ready_adam",
     "bnp_sgd",
     "adam_z",
     "muon_z",
@@ -51,8 +56,30 @@ TRANSFORMER = (
     "muon",
     "layernorm_adamw",
     "layernorm_muon",
+    "ready_sgd",
+    "ready_adamw",
     "bnp_sgd",
     "adamw_z",
     "muon_z",
     "adamw_z_ln",
+)
+
+# Problems on which nothing of the library was chosen: what its defaults replace, their rivals, and
+# the paper's options.
+HELD_OUT = (
+    "sgd",
+    "adam",
+    "adamw",
+    "batchnorm_adam",
+    "layernorm_adam",
+    "ready_sgd",
+    "ready_adam",
+    "ready_adamw",
+    "bnp_sgd",
+    "adam_z",
+    "adamw_z",
+)
+HELD_OUT_TEXT = (
+    *("sgd", "adam", "adamw", "layernorm_adamw"),
+    *("ready_sgd", "ready_adam", "ready_adamw", "bnp_sgd", "adam_z", "adamw_z"),
 )

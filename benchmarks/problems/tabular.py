@@ -1,35 +1,57 @@
-"""Regression on tables whose columns have very different scales."""
+"""Tables whose columns have very different scales."""
 
 import dataclasses
+import functools
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import numpy as np
 import sklearn
 from jaxtyping import Array, Float
-from sklearn.datasets import load_diabetes, make_friedman1
+from sklearn.datasets import (
+    load_breast_cancer,
+    load_diabetes,
+    make_friedman1,
+    make_friedman2,
+    make_friedman3,
+)
 from sklearn.model_selection import train_test_split
 
 from benchmarks import data
 from benchmarks.data import Dataset, Split
 from benchmarks.models import MLP, Norm
 from benchmarks.problems import lineups
-from benchmarks.problems.base import Data, Problem, Scale
+from benchmarks.problems.base import Data, Problem, Scale, Task
 from benchmarks.problems.record import as_data
 
-Name = Literal["tabular", "friedman"]
+Name = Literal["tabular", "friedman", "friedman2", "friedman3", "breast-cancer"]
 Inputs = Literal["raw", "standardized"]
 
-BATCH_SIZE: dict[Name, int] = {"tabular": 10, "friedman": 32}
+BATCH_SIZE: dict[Name, int] = {
+    "tabular": 10,
+    "friedman": 32,
+    "friedman2": 32,
+    "friedman3": 32,
+    "breast-cancer": 10,
+}
 STEPS = {"small": 2000, "paper": 20_000}
 POINTS = 10
 N_FRIEDMAN = 6000
 
-_TITLES: dict[Name, str] = {"tabular": "Diabetes", "friedman": "Friedman's function"}
+_TITLES: dict[Name, str] = {
+    "tabular": "Diabetes",
+    "friedman": "Friedman's function",
+    "friedman2": "Friedman's second function",
+    "friedman3": "Friedman's third function",
+    "breast-cancer": "Breast cancer",
+}
 _SOURCES: dict[Name, str] = {
     "tabular": "scikit-learn's diabetes data in their units",
     "friedman": "scikit-learn's make_friedman1, columns scaled and shifted",
+    "friedman2": "scikit-learn's make_friedman2, an impedance in physical units",
+    "friedman3": "scikit-learn's make_friedman3, a phase angle in physical units",
+    "breast-cancer": "scikit-learn's breast cancer data in their units",
 }
 
 
@@ -62,14 +84,21 @@ class Table:
     seed: int = 0
 
     def __call__(self, data_dir: Path | None = None) -> Data:
-        """Load the table; no file is needed. The target is standardized by the training split."""
-        x, y = diabetes() if self.name == "tabular" else friedman(N_FRIEDMAN, self.seed)
+        """Load the table; no file is needed. Targets are standardized by the training split."""
+        x, y = _columns(self.name, self.seed)
         train, validation, test = _split_rows(len(y), self.seed)
-        mean, deviation = y[train].mean(), y[train].std()
-        y = (y - mean) / deviation
+        target: dict[str, Any] = {}
+        if task(self.name) == "regression":
+            mean, deviation = y[train].mean(), y[train].std()
+            y = ((y - mean) / deviation).astype(np.float32)
+            target = {
+                "target": "standardized by the training split",
+                "target_mean": float(mean),
+                "target_deviation": float(deviation),
+            }
 
         def part(rows: np.ndarray) -> Split:
-            return Split(x[rows].astype(np.float32), y[rows].astype(np.float32))
+            return Split(x[rows].astype(np.float32), y[rows])
 
         dataset = Dataset(self.name, part(train), part(validation), part(test))
         done = "raw"
@@ -81,10 +110,29 @@ class Table:
             done,
             f"{_SOURCES[self.name]}, version {sklearn.__version__}",
             seed=self.seed,
-            target="standardized by the training split",
-            target_mean=float(mean),
-            target_deviation=float(deviation),
+            **target,
         )
+
+
+def task(name: Name) -> Task:
+    """What is predicted: a class, or a number."""
+    return "classification" if name == "breast-cancer" else "regression"
+
+
+def _columns(name: Name, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    match name:
+        case "tabular":
+            return diabetes()
+        case "friedman":
+            return friedman(N_FRIEDMAN, seed)
+        case "friedman2":
+            # About a tenth of the deviation of what is to be learned.
+            return make_friedman2(N_FRIEDMAN, noise=40.0, random_state=seed)
+        case "friedman3":
+            return make_friedman3(N_FRIEDMAN, noise=0.03, random_state=seed)
+        case "breast-cancer":
+            x, y = load_breast_cancer(return_X_y=True)
+            return np.asarray(x), np.asarray(y, np.int32)
 
 
 def _split_rows(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -116,22 +164,27 @@ def friedman(n: int, seed: int) -> tuple[Float[np.ndarray, "n 10"], Float[np.nda
     return scale * (z + random.uniform(-3.0, 3.0, 10)), y
 
 
-def regression(name: Name, inputs: Inputs, scale: Scale) -> Problem:
+def table(name: Name, inputs: Inputs, scale: Scale) -> Problem:
     """A network with two hidden layers of 64 on a table."""
+    regression = task(name) == "regression"
     batch_size = BATCH_SIZE[name]
     return Problem(
         name=f"{name}-{inputs}",
         title=f"{_TITLES[name]}, batch size {batch_size}, {inputs} inputs",
         load=Table(name, inputs),
-        network=_network,
+        network=_scalar if regression else functools.partial(_network, classes=2),
         batch_size=batch_size,
         steps=STEPS[scale],
         points=POINTS,
-        methods=lineups.CORE,
-        task="regression",
+        methods=lineups.CORE if name in ("tabular", "friedman") else lineups.HELD_OUT,
+        task=task(name),
     )
 
 
-def _network(norm: Norm, steps: int) -> Scalar:
+def _network(norm: Norm, steps: int, classes: int) -> MLP:
     init = nn.initializers.glorot_uniform()
-    return Scalar(MLP(hidden=(64, 64), classes=1, norm=norm, steps=steps, kernel_init=init))
+    return MLP(hidden=(64, 64), classes=classes, norm=norm, steps=steps, kernel_init=init)
+
+
+def _scalar(norm: Norm, steps: int) -> Scalar:
+    return Scalar(_network(norm, steps, classes=1))

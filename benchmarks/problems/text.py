@@ -1,12 +1,15 @@
-"""Prediction of the next character in Python's standard library."""
+"""Prediction of the next character in the source of installed packages."""
 
+import dataclasses
 import functools
 import hashlib
 import platform
 import sysconfig
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import sklearn
 from jaxtyping import Int
 
 from benchmarks.data import DataError, Dataset, Split
@@ -36,6 +39,20 @@ MODULES: dict[str, tuple[str, ...]] = {
     "test": ("textwrap", "threading", "timeit", "tokenize", "trace", "traceback", "typing"),
 }
 
+# The same of another package, whose modules are laid out alike since its version 1.6.
+SKLEARN_MODULES: dict[str, tuple[str, ...]] = {
+    "train": (
+        *("cluster/_kmeans", "cluster/_agglomerative", "cluster/_birch", "cluster/_dbscan"),
+        *("decomposition/_pca", "decomposition/_nmf", "decomposition/_fastica"),
+        *("ensemble/_forest", "ensemble/_gb", "ensemble/_bagging", "ensemble/_voting"),
+        *("linear_model/_ridge", "linear_model/_logistic", "linear_model/_bayes"),
+        *("manifold/_t_sne", "manifold/_isomap", "metrics/_ranking", "metrics/_regression"),
+        *("neighbors/_base", "neighbors/_lof", "preprocessing/_data", "svm/_classes"),
+    ),
+    "validation": ("linear_model/_huber", "mixture/_base", "tree/_classes"),
+    "test": ("cluster/_spectral", "linear_model/_ransac", "naive_bayes"),
+}
+
 
 def encode(text: str) -> Int[np.ndarray, " characters"]:
     """Indices in `CHARACTERS`: a tab is four spaces, other characters are left out."""
@@ -55,71 +72,102 @@ def windows(
     return codes[: n * CONTEXT].reshape(n, CONTEXT), ahead
 
 
-def load(data_dir: Path | None = None, seed: int = 0) -> Data:
-    """Windows of the modules of the running Python; no data folder is needed.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Loads the text of some modules; the `load` of a problem.
 
-    So the text depends on Python's version, which is among the facts. All windows of the training
-    modules are there, and 256 chosen at random of each of the others.
-
-    Args:
-      data_dir: Not used.
+    Attributes:
+      name: What the modules are called together.
+      modules: By split, the modules, as paths below the folder without their suffix.
       seed: Of the choice of windows.
-
-    Raises:
-      DataError: If this Python has no such files.
     """
-    folder = sysconfig.get_paths()["stdlib"]
-    texts = _texts(folder)
-    parts = {}
-    for part, modules in MODULES.items():
-        x, y = map(np.concatenate, zip(*(windows(encode(texts[m])) for m in modules), strict=True))
-        if part != "train":
-            chosen = np.random.default_rng(seed).choice(len(x), N_EVAL, replace=False)
-            x, y = x[chosen], y[chosen]
-        parts[part] = Split(x, y)
-    whole = "".join(texts.values())
-    return as_data(
-        Dataset("python", **parts),
-        f"codes 0..{len(CHARACTERS) - 1} of newline and printable ASCII",
-        "Python's standard library",
-        seed=seed,
-        python=platform.python_version(),
-        n_files=len(texts),
-        n_characters=len(whole),
-        sha256_of_text=hashlib.sha256(whole.encode()).hexdigest(),
-        modules={part: list(modules) for part, modules in MODULES.items()},
-    )
+
+    name: str
+    modules: Mapping[str, Sequence[str]]
+    seed: int = 0
+
+    def __call__(self, data_dir: Path | None = None) -> Data:
+        """Windows of the modules as they are installed; no data folder is needed.
+
+        So the text depends on a version, which is among the facts. All windows of the training
+        modules are there, and 256 chosen at random of each of the others.
+
+        Args:
+          data_dir: Not used.
+
+        Raises:
+          DataError: If the modules are not installed as files.
+        """
+        texts = _texts(_folder(self.name), tuple(m for part in self.modules.values() for m in part))
+        parts = {}
+        for part, modules in self.modules.items():
+            pairs = (windows(encode(texts[module])) for module in modules)
+            x, y = map(np.concatenate, zip(*pairs, strict=True))
+            if part != "train":
+                chosen = np.random.default_rng(self.seed).choice(len(x), N_EVAL, replace=False)
+                x, y = x[chosen], y[chosen]
+            parts[part] = Split(x, y)
+        whole = "".join(texts.values())
+        return as_data(
+            Dataset(self.name, **parts),
+            f"codes 0..{len(CHARACTERS) - 1} of newline and printable ASCII",
+            _SOURCES[self.name],
+            seed=self.seed,
+            **_version(self.name),
+            n_files=len(texts),
+            n_characters=len(whole),
+            sha256_of_text=hashlib.sha256(whole.encode()).hexdigest(),
+            modules={part: list(modules) for part, modules in self.modules.items()},
+        )
 
 
-def next_character(scale: Scale) -> Problem:
+PYTHON = Source("python", MODULES)
+SKLEARN = Source("scikit-learn", SKLEARN_MODULES)
+_SOURCES = {"python": "Python's standard library", "scikit-learn": "the package scikit-learn"}
+
+
+def next_character(source: Source, scale: Scale) -> Problem:
     """A transformer of two blocks on windows of 64 characters."""
     return Problem(
-        name="text-transformer",
-        title=f"Transformer, next character of Python code, batch size {BATCH_SIZE}",
-        load=load,
+        name="text-transformer" if source is PYTHON else f"text-{source.name}",
+        title=f"Transformer, next character of {_TITLES[source.name]}, batch size {BATCH_SIZE}",
+        load=source,
         network=_network,
         batch_size=BATCH_SIZE,
         steps=STEPS[scale],
         points=POINTS,
-        methods=lineups.TRANSFORMER,
+        methods=lineups.TRANSFORMER if source is PYTHON else lineups.HELD_OUT_TEXT,
     )
 
 
+_TITLES = {"python": "Python code", "scikit-learn": "scikit-learn's code"}
 _INDEX = {c: i for i, c in enumerate(CHARACTERS)}
 
 
-@functools.lru_cache(maxsize=1)
-def _texts(folder: str) -> dict[str, str]:
+def _folder(name: str) -> str:
+    if name == "python":
+        return sysconfig.get_paths()["stdlib"]
+    return str(Path(sklearn.__file__).parent)
+
+
+def _version(name: str) -> dict[str, str]:
+    if name == "python":
+        return {"python": platform.python_version()}
+    return {"version": sklearn.__version__}
+
+
+@functools.lru_cache(maxsize=2)
+def _texts(folder: str, modules: tuple[str, ...]) -> dict[str, str]:
     """By module, its source."""
     texts = {}
-    for module in (m for modules in MODULES.values() for m in modules):
+    for module in modules:
         path = Path(folder) / f"{module}.py"
         try:
             texts[module] = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             msg = (
                 f"cannot read {path} ({type(error).__name__}); the text problem needs a Python of "
-                "3.11 or later whose standard library is installed as files"
+                "3.11 or later whose standard library is installed as files, and scikit-learn"
             )
             raise DataError(msg) from error
     return texts

@@ -73,23 +73,23 @@ def _joined(measures: list[Measure]) -> list[Measure]:
     shapes = [measure.mean.shape[1:] for measure in measures]
     sizes = [math.prod(shape) for shape in shapes]
 
-    def beside(arrays: Iterable[jax.Array]) -> jax.Array:
+    def beside(fields: Iterable[tuple[jax.Array, ...]]) -> jax.Array:
+        # Stacked first: where features are sharded, each concatenation moves every layer's pieces.
         flat = [
-            jnp.broadcast_to(x, (len(x), *shape)).reshape(len(x), -1)
-            for x, shape in zip(arrays, shapes, strict=True)
+            jnp.stack([jnp.broadcast_to(x, (len(x), *s)).reshape(len(x), -1) for x in each], 1)
+            for each, s in zip(fields, shapes, strict=True)
         ]
-        return jnp.concatenate(flat, axis=1)
+        return jnp.concatenate(flat, axis=2)
 
     def total(x: jax.Array) -> jax.Array:
         return jnp.sum(x, axis=0, keepdims=True)
 
-    mean, var = beside(m.mean for m in measures), beside(m.var for m in measures)
-    rest = beside(m.rest for m in measures)
+    mean, var, rest = jnp.moveaxis(beside((m.mean, m.var, m.rest) for m in measures), 1, 0)
     if len(measures[0].count) == 1:
         common = total(mean) / len(mean)
         whole = [common, total(var + ((mean - common) + rest) ** 2) / len(mean)]
     else:
-        count = beside(m.count for m in measures)
+        count = beside((m.count,) for m in measures)[:, 0]
         n_rows = total(count)
         # The sum is divided, and not its terms, so that it need not wait for the total.
         divisor = jnp.where(n_rows > 0.0, n_rows, 1.0)

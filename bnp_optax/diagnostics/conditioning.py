@@ -109,8 +109,8 @@ def conditioning(state: Any, layers: Layers | None = None) -> dict[str, Float[Ar
 
     The floor sigma~^2 = sigma^2 + eps_rel max sigma^2 + eps_abs bounds what is seen: among the
     inputs of a layer, sigma~ varies by at most sqrt(1 + 1 / eps_rel), 10 by default. The 1 in D
-    belongs to the bias; a layer without a bias has D = diag(1/sigma~), with sigma~ from the mean
-    square of the inputs.
+    belongs to the bias, also where `scale_bias` has another number there; a layer without a bias
+    has D = diag(1/sigma~), with sigma~ from the mean square of the inputs.
 
     Args:
       state: A `BNPState`, or anything that contains one: a whole optimizer state, of `chain`,
@@ -134,7 +134,7 @@ def conditioning(state: Any, layers: Layers | None = None) -> dict[str, Float[Ar
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> loss_fn = lambda p: jnp.mean(model.apply({"params": p}, x) ** 2)
       >>> _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params)
-      >>> tx = bnp_optax.bnp_sgd(0.1, decay=0.0, eps_rel=0.0, eps_abs=0.0)
+      >>> tx = bnp_optax.bnp_precondition(decay=0.0, eps_rel=0.0, eps_abs=0.0)
       >>> _, state = tx.update(grads, tx.init(params), params, layer_stats=stats)
       >>> {name: float(jnp.round(kappa, 3)) for name, kappa in conditioning(state).items()}
       {'kernel': 10.0}

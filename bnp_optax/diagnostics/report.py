@@ -244,9 +244,9 @@ def report(
     states = bnp_states(state)
     kappas_d = conditioning(state) if states else {}
     counted = {
-        name: (int(entered), int(rejected))
+        name: (int(numbers[1]), int(numbers[2]))
         for one in states
-        for name, (_, entered, rejected, _) in named_leaves(one.numbers).items()
+        for name, numbers in named_leaves(one.numbers).items()
     }
     choices = [None] if P is None else [None, P]
 

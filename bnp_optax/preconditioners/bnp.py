@@ -2,13 +2,13 @@
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from bnp_optax._checks import (
     check_above_one,
@@ -24,12 +24,11 @@ from bnp_optax.preconditioners.base import Preconditioner
 from bnp_optax.preconditioners.bnp_operator import BNPOperator, BNPState
 from bnp_optax.preconditioners.layout import layers_of
 from bnp_optax.preconditioners.matching import LEFT_OUT, match_statistics
+from bnp_optax.preconditioners.running import Batch, Rule, Running, Variance, moved
 from bnp_optax.statistics import Layer, LayerStats
 
-Variance = Literal["auto", "batch", "running"]
-
-# The running statistics are those of their start, not of the inputs, for a while.
-_N_WHOLE = 10
+# Of the layers together per example, at which q = 1 where all have one q.
+_FAN_IN = 30.0
 
 
 def bnp(
@@ -37,9 +36,11 @@ def bnp(
     decay: ArrayLike = 0.99,
     eps_rel: ArrayLike = 1e-2,
     eps_abs: ArrayLike = 1e-4,
-    scale: bool = True,
+    scale: bool | Literal["network"] = True,
     warm_start: bool = False,
     variance: Variance = "auto",
+    shrinkage: ArrayLike | None = None,
+    scale_bias: bool = False,
     batch_size: ArrayLike | None = None,
     max_ratio: ArrayLike | None = 1e4,
     layers: Layers | None = None,
@@ -64,20 +65,43 @@ def bnp(
     centered: there sigma^2 is the mean square of the inputs, so that D divides by the column norms.
     Parameters that are no layer's kernel or bias are left as they are.
 
+    With `shrinkage` = k the running statistics are those of the data from the first batch on, and
+    count for as much as they have seen. For the batch after t others, and with p positions,
+
+        r = max(1 - decay, 1 / (t + 1)),   d = mu_H - mu,
+        sigma^2 <- (1 - r) (sigma^2 + r d^2) + r sigma_H^2,   mu <- mu + r d,
+        c <- (1 - r)^2 c + r^2 / (N sqrt(p)),   w = 1 / (1 + k c),
+        u = sigma^2 + (1 - w)^2 mu^2,   v = w u + (1 - w) mean(u),
+        sigma~^2 = v + eps_rel mean(v) + eps_abs,
+
+    and P is centered about w mu: 1 / c examples are what the running statistics are worth, to which
+    k more come with mean 0 and the variance that the unit's inputs have on average.
+
     Args:
       decay: rho in [0, 1), of the running statistics.
-      eps_rel: epsilon_1 >= 0, floor of the variance relative to the layer's largest. Inputs more
+      eps_rel: epsilon_1 >= 0, floor of the variance relative to the layer's largest, or with
+        `shrinkage` to its mean. Inputs more
         than 1 / sqrt(eps_rel) times smaller than the largest, 10 times by default, are not scaled
         up any further. Raw features of very different scale need less; 10 leaves hardly more than
         the centering and one scale a layer.
       eps_abs: epsilon_2 >= 0, absolute floor of the variance.
       scale: Whether to divide by q. It balances the layers for a plain gradient step; with an
         adaptive optimizer in z it divides the learning rate, which pays with Adam and not with
-        Muon. With SGD, False may do better where n is much larger than N.
+        Muon. `'network'` has one q for all layers, q^2 = max(sum(n) / (30 N), sqrt(positions)),
+        the sum over the layers and with the most positions of one: for SGD, so that one learning
+        rate suits networks and batches of different sizes.
       warm_start: Start the running statistics with the first batch's instead of 0 and 1. It pays
         in short runs, of a few times 1 / (1 - decay) steps, on batches large enough to tell.
       variance: `'batch'` takes the variance about the batch's mean, `'running'` about the running
         mean; `'auto'` does so where the layer saw a single row, whose own variance is 0.
+      shrinkage: k >= 0, as above; None for the paper's running statistics, from mu = 0, sigma = 1.
+        At batch size 1 it takes several examples to tell the inputs of a layer apart; k of about
+        10 waits for them. `warm_start` and `variance` then say nothing.
+      scale_bias: Whether D has beta = sqrt(1 + sum(mu^2)) for the bias instead of 1, the sum over
+        the unit's inputs. An optimizer whose steps are of one size, such as Adam, then moves the
+        unit's mean response as far as a step of random signs in p does, and finds its way from
+        initial values that raw inputs of large means put far off. With a plain gradient step,
+        which grows with beta^2, it diverges.
       batch_size: N in q, where the statistics do not know it, such as those of one shard. None
         takes the largest that they had so far: after a change to smaller batches for good, give
         theirs.
@@ -124,18 +148,25 @@ def bnp(
 
     Source: Lange, Helfrich, Ye, "Batch Normalization Preconditioning for Neural Network Training",
     JMLR 2022, (12), (15), (23), Algorithms 2 and 3; Ye, "Preconditioning for Accelerated Gradient
-    Descent Optimization and Regularization", Theorem 2, for layers without a bias.
+    Descent Optimization and Regularization", Theorem 2, for layers without a bias. The bias
+    correction is that of Kingma and Ba, "Adam", ICLR 2015, for running means.
     """
     check_fraction("decay", decay)
     check_non_negative("eps_rel", eps_rel)
     check_non_negative("eps_abs", eps_abs)
     check_choice("variance", variance, ("auto", "batch", "running"))
+    if isinstance(scale, str):
+        check_choice("scale", scale, ("network",))
+    check_non_negative("shrinkage", 0.0 if shrinkage is None else shrinkage)
     check_positive("batch_size", batch_size)
     check_above_one("max_ratio", max_ratio)
     check_layers(layers)
 
     def eps() -> Array:
-        return _vector(eps_rel, eps_abs)
+        return _vector(eps_rel, eps_abs, *([] if shrinkage is None else [shrinkage]))
+
+    # As `BNPState` has them. The start, mean 0 and variance 1, is worth one example.
+    numbers = (1.0, 0.0, 0.0, 0.0, 1.0, *([] if shrinkage is None else [1.0]))
 
     def init(params: Any) -> BNPState:
         found, leaves = layers_of(params, layers), named_leaves(params)
@@ -148,45 +179,20 @@ def bnp(
         return BNPState(
             mean=_at(params, {n: full(0.0, n) for n, layer in found.items() if layer.bias}),
             var=_at(params, {n: full(1.0, n) for n in found}),
-            numbers=_at(params, {n: _vector(1.0, 0.0, 0.0, 0.0) for n in found}),
+            numbers=_at(params, {n: _vector(*numbers) for n in found}),
             inputs=_at(params, {n: _bits(layer) for n, layer in found.items() if ambiguous[n]}),
             eps=eps(),
         )
 
-    def running(
-        mean: Array | None, var: Array, n_entered: Array, largest_var: Array, stats: LayerStats
-    ) -> tuple[Array | None, Array]:
-        """Steps 1 and 2: the running statistics with those of the batch."""
-        rate: Any = 1.0 - decay
-        if warm_start:
-            rate = jnp.where(n_entered == 0, 1.0, rate)
-        batch_mean, batch_var = stats.mean, stats.total_variance
-        bound: ArrayLike = math.inf
-        if max_ratio is not None:
-            whole = (n_entered < _N_WHOLE) | (largest_var == 0.0)
-            bound = jnp.where(whole, jnp.inf, max_ratio * largest_var)
-            if mean is not None:
-                # With mu^2, steps grow with the distance gone: mu follows a jump of many sigmas.
-                reach = jnp.sqrt(bound + max_ratio * mean**2)
-                batch_mean = jnp.maximum(jnp.minimum(batch_mean, mean + reach), mean - reach)
-        if mean is None:
-            batch_var = batch_var + batch_mean**2
-        if mean is not None and variance != "batch":
-            about_running = stats.count <= 1.0 if variance == "auto" else True
-            batch_var = batch_var + jnp.where(about_running, (batch_mean - mean) ** 2, 0.0)
-        batch_var = jnp.minimum(batch_var, bound)
-        new_mean = None if mean is None else (1.0 - rate) * mean + rate * batch_mean
-        return new_mean, (1.0 - rate) * var + rate * batch_var
-
-    def n_of(stats: LayerStats, largest: Array) -> Array:
-        if batch_size is None:
-            return jnp.maximum(stats.batch_size, largest)
-        return jnp.asarray(batch_size, jnp.float32)
-
-    def inv_q_of(layer: Layer, stats: LayerStats, n: Array) -> Array:
-        if not scale:
-            return jnp.ones((), jnp.float32)
-        return jax.lax.rsqrt(jnp.maximum(layer.fan_in / n, math.sqrt(stats.layer.positions)))
+    def rules_of(matched: Mapping[str, tuple[Layer, LayerStats]]) -> dict[str, Rule]:
+        sizes = {n: (layer.fan_in, stats.layer.positions) for n, (layer, stats) in matched.items()}
+        options = (variance, warm_start, shrinkage is not None)
+        q_of = _whole_network(matched) if scale == "network" else None
+        # c is of the layer's own positions in any case.
+        return {
+            n: Rule(q_of or (size if scale else None), size[1], *options)
+            for n, size in sizes.items()
+        }
 
     def update(
         grads: Any,
@@ -205,32 +211,29 @@ def bnp(
         # Both are needed, or a donated state would not be donated whole.
         new_eps, _ = jax.lax.optimization_barrier((eps(), old.eps))
         new = BNPState({}, {}, {}, {}, new_eps)
+        rules = rules_of(matched)
         for name, (layer, stats) in matched.items():
             stats = jax.lax.stop_gradient(stats)
             mean = _widened(old.mean[name], stats) if name in old.mean else None
             var = _widened(old.var[name], stats)
             stats = jax.tree.map(functools.partial(_placed, like=var), stats)
-            inv_q, n_entered, n_rejected, largest = old.numbers[name]
-            valid, largest_var = _validity_and_largest(stats, var)
-            new_mean, new_var = running(mean, var, n_entered, largest_var, stats)
-            accept = valid & (stats.count > 0.0)
-            reject = ~valid & (stats.count != 0.0)
-
-            def entered(new: Array, old: Array, accept: Array = accept) -> Array:
-                return jnp.where(accept, new, old).astype(old.dtype)
-
-            if mean is not None and new_mean is not None:
-                new.mean[name] = entered(new_mean, mean)
-            new.var[name] = entered(new_var, var)
-            n = entered(n_of(stats, largest), largest)
-            inv_q = entered(inv_q_of(layer, stats, n), inv_q)
-            new.numbers[name] = jnp.stack([inv_q, n_entered + accept, n_rejected + reject, n])
+            mean, var, new.numbers[name] = moved(
+                Running(mean, var, old.numbers[name]),
+                Batch.of(stats),
+                *(decay, 1.0 - decay, max_ratio, batch_size),
+                rule=rules[name],
+            )
+            if mean is not None:
+                new.mean[name] = mean
+            new.var[name] = var
             if name in old.inputs or var.shape != old.var[name].shape:
+                # As the others that entered; nothing did where the layer has not been seen.
+                seen = new.numbers[name][1] > old.numbers[name][1]
                 bits = _bits(layer)
-                new.inputs[name] = entered(bits, old.inputs.get(name, bits))
+                new.inputs[name] = jnp.where(seen, bits, old.inputs.get(name, bits))
         return BNPState._make([*map(replace_leaves, state[:-1], new[:-1]), new.eps])
 
-    return Preconditioner(init, update, lambda state: BNPOperator(state, layers))
+    return Preconditioner(init, update, lambda state: BNPOperator(state, layers, scale_bias))
 
 
 def _at(tree: Any, arrays: dict[str, Array]) -> Any:
@@ -276,20 +279,21 @@ def _placed(x: Array, like: Array) -> Array:
     return fitted(x, like) if x.ndim else x
 
 
-def _validity_and_largest(
-    stats: LayerStats, var: Array
-) -> tuple[Bool[Array, ""], Float[Array, ""]]:
-    """Whether statistics may enter the running ones, and the largest running variance.
+def _whole_network(matched: Mapping[str, tuple[Layer, LayerStats]]) -> tuple[float, int]:
+    """The fan-in of all layers together, and the most positions of one."""
+    fan_in = sum(layer.fan_in * _n_stacked(layer, stats) for layer, stats in matched.values())
+    return fan_in / _FAN_IN, max(stats.layer.positions for _, stats in matched.values())
 
-    They may if all numbers are finite, also after they have entered, and no variance is negative.
-    0 x is 0 for finite x and NaN otherwise. The largest number that enters is less than
-    4 (var + sq_mean), of a batch's mean at a distance from the running one.
-    """
-    zeros = 0.0 * (4.0 * (stats.var + stats.sq_mean)) + 0.0 * stats.mean
-    # One reduction of one array: more would be kernels to start, and collectives where it is
-    # sharded, which a network has little other work for.
-    largest = jnp.max(jnp.where((zeros == 0.0) & (stats.var >= 0.0), var, jnp.inf))
-    return jnp.isfinite(largest) & jnp.isfinite(stats.count), largest
+
+def _n_stacked(layer: Layer, stats: LayerStats) -> int:
+    """How many layers are stacked in one kernel; the groups of a convolution are one."""
+    ndim, n_inputs = len(layer.kernel_shape), len(layer.input_axes)
+    inputs = {axis % ndim for axis in layer.input_axes}
+    varying = {axis for axis, size in enumerate(stats.mean.shape) if size > 1}
+    others = sorted(varying - inputs)
+    if stats.layer.kind == "Conv":
+        others = others[: ndim - n_inputs - 1]
+    return math.prod(layer.kernel_shape[axis] for axis in others)
 
 
 def _check_same_layers(found: Iterable[str], expected: Iterable[str]) -> None:

@@ -28,19 +28,21 @@ class BNPState(NamedTuple):
       mean: At kernels with a bias, the running mean mu, which broadcasts against the kernel.
       var: At all kernels, the running variance sigma^2, of the same shape; the mean square where
         there is no bias.
-      numbers: At all kernels, four numbers: 1 / q, 1 before the first statistics; how many batches
+      numbers: At all kernels, five numbers: 1 / q, 1 before the first statistics; how many batches
         entered the running statistics; how many did not, as they were not finite or had a negative
-        variance; and N, the largest of those that entered, or `batch_size`.
+        variance; N, the largest of those that entered, or `batch_size`; and the largest running
+        variance, which the next step and this one's floor both need. With `shrinkage` a sixth: c,
+        where 1 / c examples are what the running statistics are worth.
       inputs: At kernels whose statistics vary along an axis that is not summed over, such as that
         of stacked layers, or may do so: the axes that are, where bit i stands for axis i.
-      eps: `eps_rel` and `eps_abs`, by which sigma~ exceeds sigma.
+      eps: `eps_rel` and `eps_abs`, by which sigma~ exceeds sigma; and `shrinkage`, if any.
     """
 
     mean: Any
     var: Any
     numbers: Any
     inputs: Any
-    eps: Float[Array, "2"]
+    eps: Float[Array, "_"]
 
 
 class Scaling(NamedTuple):
@@ -65,13 +67,38 @@ def scalings(state: BNPState) -> dict[str, Scaling]:
 
     def scaling(name: str, var: Array) -> Scaling:
         axes = inputs.get(name)
-        # Step 3.
-        floored = var + state.eps[0] * over_inputs(jnp.max, var, axes) + state.eps[1]
-        inv_q, entered = numbers[name][:2]
+        inv_q, entered, *_ = numbers[name]
+        mean = means.get(name)
+        if len(state.eps) > 2:
+            mean, floored = shrunk(mean, var, axes, numbers[name][5], state.eps)
+        else:
+            # Step 3.
+            largest = numbers[name][4] if axes is None else over_inputs(jnp.max, var, axes)
+            floored = var + state.eps[0] * largest + state.eps[1]
         diagonal = jnp.where(entered > 0, jax.lax.rsqrt(floored), 1.0)
-        return Scaling(means.get(name), diagonal, inv_q, axes)
+        return Scaling(mean, diagonal, inv_q, axes)
 
     return {name: scaling(name, var) for name, var in variances.items()}
+
+
+def shrunk(
+    mean: Array | None,
+    var: Array,
+    inputs: Float[Array, ""] | None,
+    inv_size: Float[Array, ""],
+    eps: Float[Array, "3"],
+) -> tuple[Array | None, Array]:
+    """Running statistics shrunk by their sample size, and the variance with its floor.
+
+    As if k examples more had mean 0 and the variance that the layer's inputs have on average.
+    """
+    eps_rel, eps_abs, k = eps
+    weight = 1.0 / (1.0 + k * inv_size)
+    if mean is not None:
+        var = var + ((1.0 - weight) * mean) ** 2
+        mean = weight * mean
+    average = over_inputs(jnp.mean, var, inputs)
+    return mean, weight * var + (1.0 - weight + eps_rel) * average + eps_abs
 
 
 def bnp_states(state: Any) -> list[BNPState]:
@@ -102,9 +129,10 @@ def over_inputs(reduce: Callable[..., Array], x: Array, inputs: Float[Array, ""]
 class BNPOperator(Operator):
     """P = U D / q in every layer, the identity elsewhere."""
 
-    def __init__(self, state: BNPState, layers: Layers | None) -> None:
+    def __init__(self, state: BNPState, layers: Layers | None, scale_bias: bool = False) -> None:
         self._scalings = scalings(state)
         self._layers = layers
+        self._scale_bias = scale_bias
 
     def mv(self, z: Any) -> Any:
         """P z."""
@@ -134,7 +162,10 @@ class BNPOperator(Operator):
             else:
                 bias = leaves[layer.bias]
                 aligned = fitted(layer.align_bias(bias.astype(dtype)), w)
-                w, b = function(w, aligned, fitted(scaling.mean, w), s, s_b)
+                mean = fitted(scaling.mean, w)
+                if self._scale_bias:
+                    s_b = s_b * jnp.sqrt(1.0 + centering.squared_length(mean, w, aligned))
+                w, b = function(w, aligned, mean, s, s_b)
                 restored = layer.restore_bias(b, bias.shape).astype(bias.dtype)
                 new[layer.bias] = fitted(restored, bias)
             new[name] = w.astype(leaves[name].dtype)

@@ -1,7 +1,8 @@
 """P = U D / q of one layer, and its transpose, inverse and square, without forming matrices.
 
 A layer is a kernel w, a bias b broadcast against it, the mean mu of its inputs (both None where
-it is not centered), the scale s = 1 / (sigma~ q) of the kernel and s_b = 1 / q of the bias. Then
+it is not centered), the scale s = 1 / (sigma~ q) of the kernel and s_b = 1 / q of the bias, or
+beta / q. Then
 
     P [z_b, z_w] = [s_b z_b - sum_i mu_i s_i z_i, s z_w].
 """
@@ -48,10 +49,16 @@ def gram(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
     """
     if b is None:
         return s**2 * w, None
-    axes = tuple(axis for axis, size in enumerate(b.shape) if size == 1)
-    repeats = math.prod(w.shape[axis] for axis in axes if mu.shape[axis] == 1)
-    square = repeats * jnp.sum((s * mu) ** 2, axis=axes, keepdims=True)
+    square = squared_length(s * mu, w, b)
     return s**2 * (w - mu * b), s_b**2 * b - (_dot(mu * s**2, w, b.shape) - square * b)
+
+
+@jax.jit
+def squared_length(c: Stats, w: Kernel, b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Sum of c^2 over the inputs of a unit; c broadcasts against w, and the result against b."""
+    axes = tuple(axis for axis, size in enumerate(b.shape) if size == 1)
+    repeats = math.prod(w.shape[axis] for axis in axes if c.shape[axis] == 1)
+    return repeats * jnp.sum(c**2, axis=axes, keepdims=True)
 
 
 def _dot(c: Stats, w: Kernel, bias_shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -2,12 +2,13 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 from jax.typing import ArrayLike
 
 from bnp_optax.layers import Layers
-from bnp_optax.preconditioners.bnp import Variance, bnp
+from bnp_optax.preconditioners.bnp import bnp
+from bnp_optax.preconditioners.running import Variance
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -18,22 +19,34 @@ class BNPOptions(TypedDict, total=False):
     decay: ArrayLike
     eps_rel: ArrayLike
     eps_abs: ArrayLike
-    scale: bool
+    scale: bool | Literal["network"]
     warm_start: bool
     variance: Variance
+    shrinkage: ArrayLike | None
+    scale_bias: bool
     batch_size: ArrayLike | None
     max_ratio: ArrayLike | None
     layers: Layers | None
 
 
-def takes_bnp_options(function: Function) -> Function:
-    """Spell out in the signature the options that `function` hands on to `bnp`.
+def takes_bnp_options(**defaults: Any) -> Callable[[Function], Function]:
+    """Spell out in the signature the options that a function hands on to `bnp`.
 
     For `help`, and for `optax.inject_hyperparams`, which makes hyper-parameters of the arguments
     that the signature names.
+
+    Args:
+      **defaults: Those that are not `bnp`'s. The function puts them in.
     """
-    signature = inspect.signature(function)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    options = inspect.signature(bnp).parameters.values()
-    function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
-    return function
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [
+            p.replace(default=defaults.get(name, p.default))
+            for name, p in inspect.signature(bnp).parameters.items()
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+        return function
+
+    return decorate

@@ -78,7 +78,7 @@ def precondition(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@takes_bnp_options
+@takes_bnp_options()
 def bnp_precondition(**options: Unpack[BNPOptions]) -> optax.GradientTransformationExtraArgs:
     """Batch normalization preconditioning of the gradient, `precondition(bnp(**options))`.
 
