@@ -19,7 +19,6 @@ from bnp_optax.preconditioners.whiten_operator import (
     WhitenOperator,
     WhitenState,
     roots,
-    with_groups,
 )
 from bnp_optax.statistics import Layer, LayerStats
 
@@ -139,8 +138,6 @@ def whiten(
         parts = {}
         for name, (layer, stats) in matched.items():
             stats = jax.lax.stop_gradient(stats)
-            if layers is None:
-                layer = with_groups(layer, stats.layer.block_shape, layers)
             _check_second_moment(name, layer, stats)
             before = _widened(layer, Running._make(field.get(name) for field in old))
             parts[name] = updated(before, stats, decay, refresh_every)
