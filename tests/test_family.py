@@ -1,5 +1,7 @@
 """Each optimizer of `docs/family.md` is what its paper's formula says, in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,3 +212,14 @@ def test_the_options_of_mac_out_of_their_range():
     _, grads, stats = bnp_optax.value_and_grad(CASE.loss)(CASE.params, X)
     with pytest.raises(ValueError, match="state of `mean_activation` was made for `a/kernel`"):
         mac.update(grads, other, layer_stats=stats)
+
+
+def test_mac_of_statistics_that_were_written_by_hand():
+    """Whose layer does not say which shape its kernel has."""
+    _, grads, stats = bnp_optax.value_and_grad(CASE.loss)(CASE.params, X)
+    layer = bnp_optax.Layer("kernel", None, (-2,))
+    bare = {"kernel": dataclasses.replace(stats["kernel"], layer=layer)}
+    tx = precondition(mean_activation(damping=2.0))
+    state = tx.init(CASE.params)
+    one, two = (tx.update(grads, state, CASE.params, layer_stats=of)[0] for of in (stats, bare))
+    np.testing.assert_array_equal(one["kernel"], two["kernel"])
