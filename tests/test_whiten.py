@@ -328,6 +328,29 @@ def test_float32_under_bfloat16_parameters():
     assert {leaf.dtype for leaf in jax.tree.leaves(z)} == {jnp.dtype("bfloat16")}
 
 
+def test_muon_in_bfloat16_is_the_same_up_to_rounding():
+    case, tx = CASES["dense"], bnp_optax.whiten_muon(0.003)
+    value_and_grad = jit(bnp_optax.value_and_grad(case.loss, second_moments=True))
+    given = []
+    for seed in SEEDS:
+        # Of full rank, which those of the loss are hardly where inputs are far from 0.
+        draws = iter(jax.random.split(jax.random.key(seed)))
+        grads = {n: jax.random.normal(next(draws), p.shape) for n, p in case.params.items()}
+        given.append((grads, value_and_grad(case.params, case.batch(seed))[2]))
+
+    def updates(dtype):
+        params, found = optax.tree.cast(case.params, dtype), []
+        state = tx.init(params)
+        for grads, stats in given:
+            step, state = tx.update(optax.tree.cast(grads, dtype), state, params, layer_stats=stats)
+            found.append(optax.tree.cast(step, "float32"))
+        return found
+
+    for step, want in zip(updates("bfloat16"), updates("float32"), strict=True):
+        atol = 0.02 * float(optax.tree.norm(want))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), step, want)  # noqa: B023
+
+
 def test_tree_map_params_finds_what_belongs_to_parameters():
     case = CASES["dense"]
     tx = bnp_optax.whiten_adam()
