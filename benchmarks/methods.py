@@ -46,6 +46,7 @@ class Method:
       dashes: Line style in figures.
       start: The learning rate at which the search for the best begins: the customary one.
       embeddings: Whether tables that rows are looked up in count as layers.
+      second_moments: Whether `update` takes the second moments of inputs too.
     """
 
     label: str
@@ -56,6 +57,7 @@ class Method:
     dashes: str
     start: float = 1e-1
     embeddings: bool = False
+    second_moments: bool = False
 
 
 def is_kernel(params: Any) -> Any:
@@ -121,6 +123,14 @@ def _in_z(inner: Make, **options: Any) -> Make:
     )
 
 
+def _whiten_adam(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
+    return bnp_optax.whiten_adam(rate, layers=layers)
+
+
+def _whiten_muon(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
+    return bnp_optax.whiten_muon(rate, layers=layers)
+
+
 def _ready(make: Make) -> Make:
     return lambda rate, layers: make(rate, layers=layers)
 
@@ -169,6 +179,12 @@ METHODS: dict[str, Method] = {
         "BNP + GN + momentum", "group", _momentum_after_bnp, True, _GREEN, "-"
     ),
     "adamw_z_ln": Method("AdamW in z + LayerNorm", "layer", _in_z(_adamw), True, _SKY, "-", 1e-3),
+    "whiten_adam": Method(
+        "Adam in z (whitened)", "none", _whiten_adam, True, _BLUE, ":", 3e-2, second_moments=True
+    ),
+    "whiten_muon": Method(
+        "Muon in z (whitened)", "none", _whiten_muon, True, _YELLOW, ":", 3e-3, second_moments=True
+    ),
     # Variants of it: which of its parts matter.
     "ready_adam_plain_bias": Method(
         "bnp_adam, scale_bias=False",

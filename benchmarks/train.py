@@ -94,7 +94,11 @@ def make_step(
     def gradient(*args: Any) -> tuple[Any, Any, dict[str, Any]]:
         if method.needs_stats:
             with_stats = bnp_optax.value_and_grad(
-                loss_fn, has_aux=True, layers=layers, embeddings=method.embeddings
+                loss_fn,
+                has_aux=True,
+                layers=layers,
+                embeddings=method.embeddings,
+                second_moments=method.second_moments,
             )
             value, grads, stats = with_stats(*args)
             return value, grads, {"layer_stats": stats}

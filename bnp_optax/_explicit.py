@@ -42,3 +42,11 @@ def sharding_of_sum(x: jax.Array, kept: Sequence[int]) -> PartitionSpec | None:
     """What `out_sharding` a sum of `x` over all axes but `kept` asks for."""
     spec = spec_of(x)
     return None if spec is None else PartitionSpec(*(spec[axis] for axis in kept))
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """`x`, whole on every device."""
+    if spec_of(x) is None:
+        return x
+    mesh = jax.typeof(x).sharding.mesh
+    return _reshard(x, NamedSharding(mesh, PartitionSpec(*(None,) * x.ndim)))

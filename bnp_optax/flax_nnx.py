@@ -13,6 +13,7 @@ with needs_flax("bnp_optax.flax_nnx"):
 
 from bnp_optax import capture
 from bnp_optax.capture import Summary
+from bnp_optax.capture.api import SecondMoments
 from bnp_optax.capture.moments import ConvStatistics
 from bnp_optax.statistics import Layer, LayerStats
 
@@ -171,6 +172,8 @@ def value_and_grad(
     embeddings: bool = False,
     weights: Callable[..., Any] | None = None,
     fixed: Mapping[str, LayerStats] | None = None,
+    second_moments: SecondMoments = None,
+    second_moment_rows: int = 1024,
 ) -> Callable[..., tuple[Any, nnx.State, dict[str, LayerStats]]]:
     """`nnx.value_and_grad` that also returns the statistics of every layer's inputs.
 
@@ -189,6 +192,8 @@ def value_and_grad(
       embeddings: As in `bnp_optax.value_and_grad`.
       weights: As in `bnp_optax.value_and_grad`, a function of the loss's arguments but the model.
       fixed: As in `bnp_optax.value_and_grad`.
+      second_moments: As in `bnp_optax.value_and_grad`.
+      second_moment_rows: As in `bnp_optax.value_and_grad`.
 
     Returns:
       A function of `(model, *args, **kwargs)` that returns `(loss, grads, stats)`; `loss` is
@@ -229,6 +234,8 @@ def value_and_grad(
             embeddings=embeddings,
             weights=None if weights is None else functools.partial(weights, *args, **kwargs),
             fixed=fixed,
+            second_moments=second_moments,
+            second_moment_rows=second_moment_rows,
         )(pure.params)
         pure.update(state)
         return (loss, aux) if has_aux else loss, grads, stats

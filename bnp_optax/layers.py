@@ -12,7 +12,7 @@ from bnp_optax.statistics import Layer, Shape
 Layers = Mapping[str, Layer]
 
 
-def check_layers(layers: Any) -> None:
+def check_layers(layers: Any, argument: str = "layers") -> None:
     """Raise unless `layers` is None or a dict of `Layer` by kernel name."""
     if layers is None:
         return
@@ -24,8 +24,8 @@ def check_layers(layers: Any) -> None:
             return
         got = f"a dict with a `{type(layers[others[0]]).__name__}` for `{others[0]}`"
     msg = (
-        f"`layers` must be a dict of `Layer` by kernel name; got {got}. To choose layers, filter "
-        "what `find_layers` returns: `layers = bnp_optax.find_layers(loss_fn, params, ...)`, then "
+        f"`{argument}` must be a dict of `Layer` by kernel name; got {got}. To choose layers, "
+        "filter those of `layers = bnp_optax.find_layers(loss_fn, params, ...)`: "
         "`layers={name: layer for name, layer in layers.items() if 'head' not in name}`."
     )
     raise ValueError(msg)

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from bnp_optax._tree import named_leaves, path_name, quoted
 from bnp_optax.preconditioners.bnp_operator import BNPState
+from bnp_optax.preconditioners.whiten_operator import WhitenState
 
 Spec = PartitionSpec | Sharding
 
@@ -21,7 +22,8 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
     statistics of shape (in, 1) beside a kernel of shape (in, out) are sharded along the first axis
     as the kernel is, and not along the second; a factored moment of `optax.adafactor`, of
     shape (in,) or (out,), is sharded as that axis of the kernel is, if its size tells which one it
-    is. All else is replicated: counts, and what `bnp` keeps in a few numbers.
+    is. All else is replicated: counts, what `bnp` keeps in a few
+    numbers, and all that `whiten` keeps.
 
     Which parameter an array belongs to is told by the end of its path in the state.
 
@@ -64,7 +66,7 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
         raise ValueError(msg)
     replicated = _replicated(given)
     state = jax.eval_shape(tx.init, params)
-    flat, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_bnp)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_of_layers)
 
     def of_array(path: Any, array: Any) -> Spec:
         name = _parameter(path_name(path), arrays)
@@ -74,7 +76,9 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
         return _fitted(spec, tuple(arrays[name].shape), tuple(array.shape))
 
     def of_node(path: Any, node: Any) -> Any:
-        if not _is_bnp(node):
+        if isinstance(node, WhitenState):
+            return jax.tree.map(lambda _: replicated, node)  # Decomposed whole on every device.
+        if not isinstance(node, BNPState):
             return of_array(path, node)
         statistics = jax.tree_util.tree_map_with_path(of_array, (node.mean, node.var))
         numbers = jax.tree.map(lambda _: replicated, (node.numbers, node.inputs, node.eps))
@@ -83,8 +87,8 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
     return treedef.unflatten([of_node(path, node) for path, node in flat])
 
 
-def _is_bnp(node: Any) -> bool:
-    return isinstance(node, BNPState)
+def _is_of_layers(node: Any) -> bool:
+    return isinstance(node, BNPState | WhitenState)
 
 
 def _by_name(shardings: Any) -> dict[str, Spec | None]:

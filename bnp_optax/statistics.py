@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 _SPACING = float(jnp.finfo(jnp.float32).eps)
 # Below this multiple of E[m^2], E[m^2] - E[m]^2 is rounding, not variance.
 _ROUNDING = 2 * _SPACING
+# The same for E[m m^T], of averages of some batches.
+_ROUNDING_OF_OUTER = 8 * _SPACING
 
 Shape = tuple[int, ...]
 Axes = tuple[int, ...]
@@ -37,6 +39,10 @@ class Layer:
         for the kernel's axes that are not input axes, in their order.
       kernel_shape: Shape of the kernel, stacked axes included; what the properties below need.
       kind: What multiplies, such as `'Dense'`, `'Conv'` or `'Embed'`; only for reading.
+      blocks: Axes of the kernel, each with a number, along which so many layers lie that meet
+        inputs of their own: (axis, its size) of an axis that layers are stacked on, (axis of the
+        features, number of groups) of a grouped convolution. None stands for all `stats_axes` that
+        are no input axes, with their sizes.
     """
 
     kernel: str
@@ -47,6 +53,7 @@ class Layer:
     bias_axes: Axes | None = None
     kernel_shape: Shape = ()
     kind: str = ""
+    blocks: tuple[tuple[int, int], ...] | None = None
 
     @property
     def stats_shape(self) -> Shape:
@@ -59,6 +66,23 @@ class Layer:
     def fan_in(self) -> int:
         """Number of inputs of one output unit: n of a dense layer, k^2 c of a convolution."""
         return math.prod(self.kernel_shape[axis] for axis in self.input_axes)
+
+    @property
+    def block_layout(self) -> tuple[Axes, tuple[tuple[int, int], ...]]:
+        """The input axes, and the axes of blocks with their numbers; counted from 0, in order."""
+        ndim = len(self.kernel_shape)
+        inputs = tuple(sorted(axis % ndim for axis in self.input_axes))
+        blocks = self.blocks
+        if blocks is None:
+            axes = self.input_axes if self.stats_axes is None else self.stats_axes
+            others = {axis % ndim for axis in axes} - set(inputs)
+            blocks = tuple((axis, self.kernel_shape[axis]) for axis in others)
+        return inputs, tuple(sorted((axis % ndim, number) for axis, number in blocks))
+
+    @property
+    def block_shape(self) -> Shape:
+        """Leading axes of the second moments: (groups,) of a grouped convolution, () of most."""
+        return tuple(number for _, number in self.block_layout[1])
 
     def align_bias(self, bias: Array) -> Array:
         """`bias` transposed and reshaped so that it broadcasts against the kernel."""
@@ -85,7 +109,10 @@ class Layer:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("mean", "var", "sq_mean", "count"),
+    data_fields=(
+        *("mean", "var", "sq_mean", "count"),
+        *("second_moment", "covariance", "rows_mean"),
+    ),
     meta_fields=("layer",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +137,14 @@ class LayerStats:
         After averaging, that of one batch: give `bnp` the whole `batch_size`, which q needs
         (`multi_steps` adds the counts up).
       layer: The kernel, its bias and their axes; static.
+      second_moment: E[h h^T], of shape (n, n), where h are the layer's n = fan-in inputs in the
+        order of the kernel's input axes (of a convolution the patches that the kernel meets), and
+        the mean is over rows, or a sample of them. (groups, n, n) of a grouped convolution; layers
+        stacked by scan or vmap have leading axes. None unless `second_moments` asked for it.
+      covariance: Covariance of the same rows within the batch, about their own mean: in float32
+        `second_moment` less the square of the mean has not its digits where |mean| >> deviation.
+      rows_mean: Mean of the same rows, (n,). Not always `mean`, which is of all rows, and of a
+        convolution, of the feature map's channels.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -130,20 +165,62 @@ class LayerStats:
     sq_mean: Float[Array, "..."]
     count: Float[Array, ""]
     layer: Layer
+    second_moment: Float[Array, "..."] | None = None
+    covariance: Float[Array, "..."] | None = None
+    rows_mean: Float[Array, "..."] | None = None
 
     @classmethod
-    def of_batch(cls, mean: Array, var: Array, count: Array, layer: Layer) -> "LayerStats":
+    def of_batch(
+        cls, mean: Array, var: Array, count: Array, layer: Layer, **second: Array
+    ) -> "LayerStats":
         """Statistics of a single batch, whose `sq_mean` is the square of its mean."""
         # `sq_mean - mean**2` must not be positive by rounding, however it is evaluated (fused,
         # say). So the compiler must not compute the mean twice, and the square goes down.
         mean = lax.optimization_barrier(mean)
-        return cls(mean, var, mean**2 * (1.0 - _SPACING), count, layer)
+        return cls(mean, var, mean**2 * (1.0 - _SPACING), count, layer, **second)
 
     @property
     def total_variance(self) -> Float[Array, "..."]:
         """Variance within batches plus that between their means; exactly `var` for one batch."""
         between = self.sq_mean - self.mean**2
         return self.var + jnp.where(between > _ROUNDING * self.sq_mean, between, 0.0)
+
+    @property
+    def total_covariance(self) -> Float[Array, "..."] | None:
+        """Covariance within batches plus that between their means; that within for one batch.
+
+        As of `total_variance`, the part between is resolved to about 1e-6 of the second moment.
+        Without `covariance` it is `second_moment` less the outer product of the mean. None where
+        no second moments were captured.
+        """
+        moment, within, mean = self.second_moment, self.covariance, self.rows_mean
+        if moment is None:
+            return None
+        if within is None or mean is None:
+            mean = self.input_mean
+            return moment - mean[..., :, None] * mean[..., None, :]
+        between = (moment - within) - mean[..., :, None] * mean[..., None, :]
+        size = jnp.sqrt(jnp.diagonal(moment, axis1=-2, axis2=-1))
+        rounding = _ROUNDING_OF_OUTER * size[..., :, None] * size[..., None, :]
+        return within + jnp.where(jnp.abs(between) > rounding, between, 0.0)
+
+    @property
+    def input_mean(self) -> Float[Array, "..."]:
+        """Mean of the inputs that `second_moment` is of, (n,), with its leading axes."""
+        if self.rows_mean is not None:
+            return self.rows_mean
+        inputs, blocks = self.layer.block_layout
+        mean, full = self.mean, list(self.mean.shape)
+        for axis in inputs:
+            full[axis] = self.layer.kernel_shape[axis]
+        for axis, number in blocks:
+            if full[axis] > 1:
+                mean = lax.slice_in_dim(mean, 0, None, full[axis] // number, axis=axis)
+            full[axis] = number
+        apart = (*(axis for axis, _ in blocks), *inputs)
+        rest = [axis for axis in range(len(full)) if axis not in apart]
+        arranged = jnp.transpose(jnp.broadcast_to(mean, full), (*apart, *rest))
+        return arranged.reshape(*self.layer.block_shape, self.layer.fan_in)
 
     @property
     def batch_size(self) -> Float[Array, ""]:

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import bnp_optax
-from bnp_optax import BNPState, bnp, bnp_precondition, in_zspace, precondition
+from bnp_optax import BNPState, WhitenState, bnp, bnp_precondition, in_zspace, precondition
 
 N_STEPS = 3
 
@@ -22,6 +22,8 @@ READY_MADE: dict[str, Callable[[Any], Any]] = {
     "bnp_adam": bnp_optax.bnp_adam,
     "bnp_adamw": bnp_optax.bnp_adamw,
     "adam_l1": functools.partial(bnp_optax.adam_l1, l1=0.1),
+    "whiten_adam": bnp_optax.whiten_adam,
+    "whiten_muon": bnp_optax.whiten_muon,
 }
 
 
@@ -102,6 +104,19 @@ TRANSFORMATIONS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     ),
     "bnp_adam": (lambda: READY_MADE["bnp_adam"](1e-3), lambda: optax.adam(1e-3)),
     "bnp_adamw": (lambda: READY_MADE["bnp_adamw"](1e-3), lambda: optax.adamw(1e-3)),
+    "precondition_whiten": (
+        lambda: precondition(bnp_optax.whiten(refresh_every=2)),
+        optax.identity,
+    ),
+    "whiten_adam": (lambda: READY_MADE["whiten_adam"](0.03), lambda: optax.adam(0.03)),
+    "whiten_muon": (
+        lambda: READY_MADE["whiten_muon"](0.003),
+        lambda: optax.adam(0.003, nesterov=True),
+    ),
+    "orthogonalize": (
+        bnp_optax.orthogonalize,
+        lambda: optax.scale_by_adam(nesterov=True),
+    ),
     "gradient_regularization": (
         lambda: bnp_optax.gradient_regularization(0.1),
         lambda: regularized_by_hand(0.1),
@@ -152,7 +167,7 @@ LEAFWISE = (
 PRECONDITIONING = [
     name
     for name in TRANSFORMATIONS
-    if name not in LEAFWISE and not name.startswith("gradient_regularization")
+    if name not in (*LEAFWISE, "orthogonalize") and not name.startswith("gradient_regularization")
 ]
 
 
@@ -229,7 +244,7 @@ def problem_of(kind: str) -> Problem:
     if kind == "net":
         params = Net().init(jax.random.key(1), batches[0])["params"]
 
-        compiled = jax.jit(bnp_optax.value_and_grad(net_loss))
+        compiled = jax.jit(bnp_optax.value_and_grad(net_loss, second_moments=True))
         gradient = jax.jit(jax.grad(net_loss))
 
         def evaluate(params: Any, batch: jax.Array) -> tuple[Any, dict[str, Any]]:
@@ -294,9 +309,10 @@ def run(tx: Any, problem: Problem, extra: dict[str, Any] | None = None) -> tuple
     return all_updates, state
 
 
-def bnp_states(state: Any) -> list[BNPState]:
-    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, BNPState))
-    return [leaf for leaf in leaves if isinstance(leaf, BNPState)]
+def bnp_states(state: Any) -> list[BNPState | WhitenState]:
+    kinds = BNPState | WhitenState
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
 
 
 def seen(state: Any) -> set[float]:

@@ -121,7 +121,9 @@ def test_keeps_dtypes_and_state_through_cond(name: str, kind: str, dtype: str) -
         assert avals(new_state) == avals(state)
 
 
-@on_every_transformation
+# Gradients of `Net` are singular up to bfloat16's rounding, and which orthogonal matrix is nearest
+# to a singular one is decided by rounding: `test_whiten.py` takes gradients of full rank.
+@pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if name != "whiten_muon"])
 def test_bfloat16_is_the_same_up_to_rounding(name: str) -> None:
     tx = make(name)
     problem = problem_of("net")

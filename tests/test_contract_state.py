@@ -119,7 +119,8 @@ class NNXNet(nnx.Module):
 def dense_stats(inputs: jax.Array, kernel: str, bias: str | None) -> LayerStats:
     mean, var = inputs.mean(0)[:, None], inputs.var(0)[:, None]
     count = jnp.float32(len(inputs))
-    return LayerStats(mean, var, mean**2, count, Layer(kernel, bias, (-2,)))
+    moment = inputs.T @ inputs / count
+    return LayerStats(mean, var, mean**2, count, Layer(kernel, bias, (-2,)), moment)
 
 
 def nnx_steps(tx: Any, transform: Callable[..., Any]) -> tuple[Any, Any]:

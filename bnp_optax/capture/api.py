@@ -1,7 +1,7 @@
 """`find_layers` and `value_and_grad`: what users call to capture statistics."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,9 @@ from bnp_optax.capture.covered import Covered
 from bnp_optax.capture.moments import ConvStatistics, Options
 from bnp_optax.layers import by_convention, check_layers
 from bnp_optax.statistics import Layer, LayerStats
+
+# Layers whose second moments are captured.
+SecondMoments = bool | Collection[str] | Mapping[str, Layer] | None
 
 
 def options_of(
@@ -80,6 +83,8 @@ def value_and_grad(
     embeddings: bool = False,
     weights: Callable[..., Any] | None = None,
     fixed: Mapping[str, LayerStats] | None = None,
+    second_moments: SecondMoments = None,
+    second_moment_rows: int = 1024,
 ) -> Callable[..., tuple[Any, Any, dict[str, LayerStats]]]:
     """`jax.value_and_grad` that also returns the statistics of every layer's inputs.
 
@@ -120,6 +125,13 @@ def value_and_grad(
         count. It changes the statistics only, not the loss.
       fixed: Statistics from `dataset_statistics`, returned as they are for layers that then cost
         nothing.
+      second_moments: Of which layers to capture E[h h^T] too, which `whiten` needs: True for all,
+        their names, or layers as `layers` takes them; None or False for none, which costs nothing.
+        Of a convolution h are the patches that the kernel meets, zeros of the padding included,
+        at a sample of the output positions.
+      second_moment_rows: From how many rows at most, of all calls of a layer together, E[h h^T] is
+        taken, spread evenly over the rows (of those whose weight is positive) and always the same.
+        On as many devices as share one `shard_map`, at most so many of each enter the sample.
 
     Returns:
       A function of `(params, *args, **kwargs)` that returns `(loss, grads, stats)`; `loss` is
@@ -127,8 +139,8 @@ def value_and_grad(
       that exists but never runs has statistics with `count == 0`.
 
     Raises:
-      ValueError: If no layer is found, `layers` names one that `params` has not, or an option
-        is not one of those above.
+      ValueError: If no layer is found, `layers` or `second_moments` names one that `params` has
+        not, or an option is not one of those above.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -150,6 +162,13 @@ def value_and_grad(
       >>> loss, grads, stats = jax.jit(bnp_optax.value_and_grad(loss_fn))(params, x)
       >>> {name: (s.layer.bias, s.mean.shape) for name, s in stats.items()}
       {'w1': ('b1', (3, 1)), 'w2': (None, (2, 1))}
+
+      Second moments of some layers, or of all:
+
+      >>> x = jax.random.normal(jax.random.key(0), (8, 3))
+      >>> _, _, stats = bnp_optax.value_and_grad(loss_fn, second_moments=["w1"])(params, x)
+      >>> bool(jnp.allclose(stats["w1"].second_moment, x.T @ x / 8, atol=1e-6))
+      True
     """
     return _captured(
         lambda instrumented: jax.value_and_grad(instrumented, has_aux=True),
@@ -203,6 +222,7 @@ def _captured(
     """The loss with its statistics, and what `differentiate` makes of it beside the value."""
     options = options_of(conv_statistics, sample_rows, embeddings)
     check_layers(layers)
+    check_second_moments(second_moments, second_moment_rows)
 
     @functools.wraps(loss_fn)
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, LayerStats]]:
@@ -215,10 +235,12 @@ def _captured(
         wanted = found.kernels if layers is None else [n for n in layers if n in found.kernels]
         names = [name for name in wanted if name not in known]
         row_weights = None if weights is None else jnp.asarray(weights(*args, **kwargs))
+        second = _of_second_moments(second_moments, leaves, found, layers)
+        n_rows = {name: second_moment_rows for name in names if name in second}
 
         def instrumented(params: Any) -> tuple[Any, Any]:
             flat = jax.tree.leaves(params)
-            outputs, measures = covered.measure(found, names, flat, row_weights)
+            outputs, measures = covered.measure(found, names, flat, row_weights, n_rows)
             # The loss is the first array; what is no array never leaves the function.
             return outputs[0], (outputs, lax.stop_gradient(measures))
 
@@ -230,13 +252,63 @@ def _captured(
         stats = covered.statistics(found, measures)
         for name in found.unused:
             if layers is not None and name in layers:
-                stats[name] = covered.idle_statistics(layers[name])
+                stats[name] = covered.idle_statistics(layers[name], name in second)
             elif layers is None and is_named(name, KERNEL):
                 idle = by_convention(name, tuple(jnp.shape(leaves[name])), leaves)
-                stats |= {name: covered.idle_statistics(idle)} if idle else {}
+                stats |= {name: covered.idle_statistics(idle, name in second)} if idle else {}
         return value, grads, stats | known
 
     return wrapped
+
+
+def check_second_moments(second_moments: Any, rows: Any) -> None:
+    """Raise unless the options are of the kinds that `value_and_grad` takes."""
+    check_count("second_moment_rows", rows)
+    if rows is None:
+        msg = "`second_moment_rows` must be an integer > 0, got None."
+        raise ValueError(msg)
+    if second_moments is None or isinstance(second_moments, bool | str):
+        return
+    if isinstance(second_moments, Mapping):
+        check_layers(second_moments, "second_moments")
+    elif not isinstance(second_moments, Collection) or not all(
+        isinstance(name, str) for name in second_moments
+    ):
+        msg = (
+            "`second_moments` must be True, None, names of kernels, or a dict from `find_layers`; "
+            f"got {second_moments!r}."
+        )
+        raise ValueError(msg)
+
+
+def _of_second_moments(
+    second_moments: SecondMoments,
+    leaves: Mapping[str, Any],
+    found: Covered,
+    layers: Mapping[str, Layer] | None,
+) -> set[str]:
+    """Names of the kernels whose second moments are wanted."""
+    if second_moments is None or second_moments is False:
+        return set()
+    if second_moments is True:
+        return set(leaves)
+    if isinstance(second_moments, str):
+        second_moments = [second_moments]
+    if isinstance(second_moments, Mapping):
+        shapes = {name: layer.kernel_shape for name, layer in second_moments.items()}
+    else:
+        shapes = dict.fromkeys(second_moments, ())
+    _check_names("second_moments", shapes, leaves)
+    captured = found.kernels if layers is None else layers
+    for name in shapes:
+        if name not in captured and name not in found.unused:
+            reason = found.reasons.get(name, "it is not among `layers`")
+            msg = (
+                f"`second_moments` has `{name}`, which is not captured: {reason}. Captured are "
+                f"{quoted(captured)}."
+            )
+            raise ValueError(msg)
+    return set(shapes)
 
 
 def _check_value(value: Any, has_aux: bool) -> None:

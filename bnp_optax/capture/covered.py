@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnp_optax._tree import named_leaves, split_arrays
-from bnp_optax.capture import groups, interpreter, views
+from bnp_optax.capture import groups, interpreter, rows, views
 from bnp_optax.capture.derivatives import without_derivatives
 from bnp_optax.capture.facts import Context, Input
 from bnp_optax.capture.jaxprs import Liveness, Numbers
@@ -231,9 +231,25 @@ def _kernels(
             bias_axes=bias and bias[1],
             kernel_shape=shapes[name],
             kind=uses[0].product.kind,
+            blocks=_blocks(shapes[name], uses),
         )
         kernels[name] = Kernel(layer, uses, sum(use.count for use in uses))
     return kernels
+
+
+def _blocks(kernel: Shape, uses: list[Use]) -> tuple[tuple[int, int], ...]:
+    """The axes along which layers lie that meet inputs of their own, and how many these are.
+
+    Not those that a product takes a part of, such as the queries' of one kernel for queries, keys
+    and values: these meet the same inputs, or count as calls of one layer.
+    """
+    varying = frozenset().union(*(use.stats_axes - use.partial_axes for use in uses))
+    grouped = frozenset().union(*(use.group_axes for use in uses))
+    n_groups = max(use.product.n_groups for use in uses)
+    return tuple(
+        (axis - len(kernel), n_groups if axis in grouped else kernel[axis])
+        for axis in sorted(varying - uses[0].input_axes)
+    )
 
 
 def _bias(
@@ -266,29 +282,79 @@ def _bias(
     return name, tuple(axis - len(kernel) for axis in order)
 
 
+# Measurements of kernels, and the fields of `LayerStats` that second moments make.
+Measures = tuple[dict[str, views.Measure], dict[str, dict[str, Any]]]
+
+
 def measure(
-    found: Covered, chosen: Sequence[str], args: list[Any], weights: Weights
-) -> tuple[list[Any], dict[str, views.Measure]]:
-    """The outputs of the loss's jaxpr, and measurements of the kernels `chosen`."""
-    wanted = [use for name in chosen for use in found.kernels[name].uses]
-    outputs, measures = interpreter.evaluate(found.trace, wanted, args, weights)
-    by_name = {
-        name: groups.union([measures[use] for use in found.kernels[name].uses]) for name in chosen
+    found: Covered,
+    chosen: Sequence[str],
+    args: list[Any],
+    weights: Weights,
+    second: Mapping[str, int] | None = None,
+) -> tuple[list[Any], Measures]:
+    """The outputs of the loss's jaxpr, and measurements of the kernels `chosen`.
+
+    Args:
+      found: What is known of the loss.
+      chosen: Names of the kernels.
+      args: Of the jaxpr.
+      weights: Of the rows.
+      second: Kernels whose second moments are wanted, with the most rows that they are of.
+
+    Raises:
+      ValueError: If the rows of a kernel cannot be told.
+    """
+    second = second or {}
+    wanted = {
+        use: _n_rows(found.kernels[name], use, second.get(name, 0))
+        for name in chosen
+        for use in found.kernels[name].uses
     }
-    return outputs, groups.joined(by_name)
+    outputs, parts = interpreter.evaluate(found.trace, wanted, args, weights)
+    measures, moments = {}, {}
+    for name in chosen:
+        of_calls = [parts[use] for use in found.kernels[name].uses]
+        measures[name] = groups.union([call[0] for call in of_calls])
+        if name in second:
+            joined = rows.union([call[1] for call in of_calls])
+            layer = found.kernels[name].layer
+            moments[name] = rows.second_moments(joined, layer, second[name])
+    return outputs, (groups.joined(measures), moments)
 
 
-def statistics(found: Covered, measures: Mapping[str, views.Measure]) -> dict[str, LayerStats]:
+def _n_rows(kernel: Kernel, use: Use, limit: int) -> int:
+    """How many rows a call is to give, so that all calls of a kernel give no more than `limit`."""
+    if not limit:
+        return 0
+    if use.innermost.rows_from is None or use.product.rows is None:
+        msg = (
+            f"`second_moments` are wanted of `{kernel.layer.kernel}`, whose product takes its "
+            "inputs in another form than the layer got them (patches, or a padded map). Give "
+            "`second_moments` the names of the other layers."
+        )
+        raise ValueError(msg)
+    counts = [(of.count, of.product.count) for of in kernel.uses]
+    if not all(isinstance(count, int) for pair in counts for count in pair):
+        return max(limit // len(kernel.uses), 1)  # A number may be symbolic, as in `jax.export`.
+    n_calls = sum(count // of_one for count, of_one in counts)
+    return max(limit // max(n_calls, 1), 1)
+
+
+def statistics(found: Covered, measured: Measures) -> dict[str, LayerStats]:
     """Measurements as the statistics of layers."""
+    measures, moments = measured
     result = {}
     for name, measure in measures.items():
         layer = found.kernels[name].layer
         mean, var = (jnp.broadcast_to(x, layer.stats_shape) for x in (measure.mean, measure.var))
-        result[name] = LayerStats.of_batch(mean, var, jnp.max(measure.count), layer)
+        count, second = jnp.max(measure.count), moments.get(name, {})
+        result[name] = LayerStats.of_batch(mean, var, count, layer, **second)
     return result
 
 
-def idle_statistics(layer: Layer) -> LayerStats:
+def idle_statistics(layer: Layer, second: bool = False) -> LayerStats:
     """Statistics of a layer that never runs: of no input at all."""
     zeros = jnp.zeros(layer.stats_shape, jnp.float32)
-    return LayerStats(zeros, zeros, zeros, jnp.zeros((), jnp.float32), layer)
+    moments = rows.no_second_moments(layer) if second else {}
+    return LayerStats(zeros, zeros, zeros, jnp.zeros((), jnp.float32), layer, **moments)

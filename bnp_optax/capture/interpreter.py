@@ -7,7 +7,7 @@ calls the one with the product. Values and derivatives are those of the equation
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,19 +21,23 @@ from bnp_optax.capture import groups, views
 from bnp_optax.capture.devices import dimension_axes
 from bnp_optax.capture.jaxprs import is_remat, scan_counts
 from bnp_optax.capture.moments import Weights
+from bnp_optax.capture.rows import Rows
 from bnp_optax.capture.uses import Trace, Use
-from bnp_optax.capture.views import Measure
+from bnp_optax.capture.views import Measure, Part
 
-Measures = list[Measure]
+# Of one product: a `Measure`, and `Rows` where they are wanted.
+Parts = list[Any]
+# The products to measure, and how many rows each is to give: 0 for its statistics alone.
+Wanted = Mapping[Use, int]
 
 
 def evaluate(
-    trace: Trace, wanted: Collection[Use], args: Sequence[Any], weights: Weights
-) -> tuple[list[Any], dict[Use, Measure]]:
+    trace: Trace, wanted: Wanted, args: Sequence[Any], weights: Weights
+) -> tuple[list[Any], dict[Use, Parts]]:
     """The outputs of a jaxpr, and the measurements `wanted`, in their parameters' layouts.
 
-    Measurements have a leading axis of groups of rows (see `groups`). Rows of inputs count by
-    their `weights`, all alike if that is None.
+    Measurements have a leading axis of groups of rows (see `groups`); rows have none. Rows of
+    inputs count by their `weights`, all alike if that is None.
 
     Equations are left to JAX, all but the calls that something is measured in. These are called
     again with the same options, as functions that return the measurements too.
@@ -52,13 +56,13 @@ def evaluate(
         index for index, uses in by_equation.items() if any(use.inner is not None for use in uses)
     )
     last_use = _last_use(trace, wanted)
-    measures: dict[Use, Measure] = {}
+    measures: dict[Use, Parts] = {}
     start = 0
     for stop in (*calls, len(jaxpr.eqns)):
         _run(jaxpr, slice(start, stop), last_use, env)
         if stop < len(jaxpr.eqns):
             eqn = jaxpr.eqns[stop]
-            inner = list(dict.fromkeys(use.inner for use in by_equation[stop] if use.inner))
+            inner = {use.inner: wanted[use] for use in by_equation[stop] if use.inner}
             outs, found = _call(trace, stop, inner, [read(atom) for atom in eqn.invars], weights)
             env.update(zip(eqn.outvars, outs, strict=True))
             for use in by_equation[stop]:
@@ -68,27 +72,37 @@ def evaluate(
     for use in wanted:
         if use.inner is None:
             # One product may hold several parameters; their measurement is one to the compiler.
-            measures[use] = _pulled(use, _measured(use, read(use.inputs), weights), read)
+            measures[use] = _pulled(use, _measured(use, read, weights, wanted[use]), read)
     return [read(atom) for atom in jaxpr.outvars], measures
 
 
-def _measured(use: Use, inputs: jax.Array, weights: Weights) -> Measure:
+def _measured(use: Use, read: views.Read, weights: Weights, n_rows: int) -> Parts:
+    rows: list[Rows] = []
     try:
-        mean, var, rest, share = use.product.measure(lax.stop_gradient(inputs), weights)
+        inputs = lax.stop_gradient(read(use.inputs))
+        mean, var, rest, share = use.product.measure(inputs, weights)
+        if n_rows and use.product.rows is not None:
+            rows = [use.product.rows(lax.stop_gradient(read(use.rows_from)), weights, n_rows)]
     except ValueError as error:
         error.add_note(f"This happened at the inputs of `{use.name}`.")
         raise
     # The number of rows may be symbolic, as in `jax.export`.
     count = jnp.asarray(use.product.count).astype(jnp.float32) / len(mean)
     count = count if weights is None else count * share
-    return Measure(mean, var, rest, jnp.reshape(count, (-1,) + (1,) * (mean.ndim - 1)))
+    measure = Measure(mean, var, rest, jnp.reshape(count, (-1,) + (1,) * (mean.ndim - 1)))
+    return [measure, *rows]
 
 
-def _pulled(use: Use, measure: Measure, read: views.Read) -> Measure:
-    return groups.each(lambda group: use.piece.pull(group, read), measure)
+def _pulled(use: Use, parts: Parts, read: views.Read) -> Parts:
+    return [
+        use.piece.pull(part, read)
+        if isinstance(part, Rows)
+        else groups.each(lambda group: use.piece.pull(group, read), part)
+        for part in parts
+    ]
 
 
-def _last_use(trace: Trace, wanted: Collection[Use]) -> dict[Any, int]:
+def _last_use(trace: Trace, wanted: Wanted) -> dict[Any, int]:
     """For each variable, the index of the last equation that needs it."""
     jaxpr = trace.jaxpr
     last = {
@@ -97,7 +111,9 @@ def _last_use(trace: Trace, wanted: Collection[Use]) -> dict[Any, int]:
         for atom in eqn.invars
         if not isinstance(atom, Literal)
     }
-    kept = [*jaxpr.outvars, *(use.inputs for use in wanted if use.inner is None)]
+    here = [use for use in wanted if use.inner is None]
+    kept = [*jaxpr.outvars, *(use.inputs for use in here)]
+    kept += [use.rows_from for use in here if wanted[use]]
     if any(use.piece.reads for use in wanted):
         kept += [
             atom
@@ -128,17 +144,17 @@ def _run(jaxpr: Any, part: slice, last_use: dict[Any, int], env: dict[Any, Any])
 
 
 def _call(
-    outer: Trace, index: int, inner: list[Use], args: list[Any], weights: Weights
-) -> tuple[Sequence[Any], dict[Use, Measure]]:
+    outer: Trace, index: int, inner: Wanted, args: list[Any], weights: Weights
+) -> tuple[Sequence[Any], dict[Use, Parts]]:
     """The outputs of a call, and the measurements `inner` in its inputs' layouts."""
     eqn, traces = outer.jaxpr.eqns[index], outer.calls[index]
     trace = traces[0]
 
-    def weighed(weights: Weights, *args: Any) -> tuple[list[Any], Measures]:
+    def weighed(weights: Weights, *args: Any) -> tuple[list[Any], list[Parts]]:
         outs, found = evaluate(trace, inner, args, weights)
         return outs, [found[use] for use in inner]
 
-    def measured(*args: Any) -> tuple[list[Any], Measures]:
+    def measured(*args: Any) -> tuple[list[Any], list[Parts]]:
         return weighed(weights, *args)
 
     if eqn.primitive is prims.jit_p:
@@ -190,8 +206,8 @@ def _jit(eqn: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _scan(
-    eqn: Any, function: Callable[..., Any], inner: list[Use], args: list[Any], weights: Weights
-) -> tuple[list[Any], Measures]:
+    eqn: Any, function: Callable[..., Any], inner: Wanted, args: list[Any], weights: Weights
+) -> tuple[list[Any], list[Parts]]:
     params = eqn.params
     n_consts, n_carry = scan_counts(eqn)
     consts, init, xs = args[:n_consts], args[n_consts:][:n_carry], args[n_consts + n_carry :]
@@ -219,30 +235,35 @@ def _scan(
         **options,
     )
     found = []
-    for use, measure in zip(inner, stacked, strict=True):
-        if use.root < n_consts + n_carry:
-            # One parameter for all steps: they are so many calls.
-            measure = views.average(measure, (0,)).map(lambda x: jnp.squeeze(x, 0))
-        else:
-            measure = measure.map(lambda x: jnp.swapaxes(x, 0, 1))
-        found.append(measure)
+    for use, parts in zip(inner, stacked, strict=True):
+        is_shared = use.root < n_consts + n_carry
+        found.append([_of_steps(part, is_shared) for part in parts])
     return [*carry, *ys], found
 
 
+def _of_steps(part: Any, is_shared: bool) -> Any:
+    """What the steps of a scan measured, stacked along the leading axis, in the layout outside."""
+    if isinstance(part, Rows):
+        part = Rows(jnp.swapaxes(part.values, 0, 1), jnp.swapaxes(part.shares, 0, 1), part.count)
+    if is_shared:
+        # One parameter for all steps: they are so many calls.
+        return views.average(part, (0,)).map(lambda x: jnp.squeeze(x, 0))
+    return part if isinstance(part, Rows) else part.map(lambda x: jnp.swapaxes(x, 0, 1))
+
+
 def _cond(
-    traces: list[Trace], inner: list[Use], args: list[Any], weights: Weights
-) -> tuple[list[Any], Measures]:
+    traces: list[Trace], inner: Wanted, args: list[Any], weights: Weights
+) -> tuple[list[Any], list[Parts]]:
     index, *operands = args
+    found_in = [{use: n for use, n in inner.items() if use in set(trace.uses)} for trace in traces]
     shapes = [
-        _shapes(trace, [use for use in inner if use in set(trace.uses)], operands, weights)
-        for trace in traces
+        _shapes(trace, here, operands, weights)
+        for trace, here in zip(traces, found_in, strict=True)
     ]
 
     def branch(number: int) -> Callable[..., Any]:
-        def taken(*operands: Any) -> tuple[list[Any], Measures]:
-            trace = traces[number]
-            here = [use for use in inner if use in set(trace.uses)]
-            outs, found = evaluate(trace, here, operands, weights)
+        def taken(*operands: Any) -> tuple[list[Any], list[Parts]]:
+            outs, found = evaluate(traces[number], found_in[number], operands, weights)
             return outs, [
                 found[use]
                 if use in found
@@ -259,8 +280,8 @@ def _cond(
     return lax.switch(index, [branch(number) for number in range(len(traces))], *operands)
 
 
-def _shapes(trace: Trace, uses: list[Use], args: list[Any], weights: Weights) -> dict[Use, Any]:
-    def measured(*args: Any) -> Measures:
+def _shapes(trace: Trace, uses: Wanted, args: list[Any], weights: Weights) -> dict[Use, Any]:
+    def measured(*args: Any) -> list[Parts]:
         _, found = evaluate(trace, uses, args, weights)
         return [found[use] for use in uses]
 
@@ -268,19 +289,26 @@ def _shapes(trace: Trace, uses: list[Use], args: list[Any], weights: Weights) ->
 
 
 def _shard_map(
-    eqn: Any, function: Callable[..., Any], inner: list[Use], args: list[Any]
-) -> tuple[list[Any], Measures]:
+    eqn: Any, function: Callable[..., Any], inner: Wanted, args: list[Any]
+) -> tuple[list[Any], list[Parts]]:
     """Every device measures its shard; the shards' statistics come out side by side."""
     params = eqn.params
     # The name has changed over time.
     axes = tuple(params.get("newly_manual_axes", params.get("manual_axes")))
     mesh = params["mesh"]
 
-    def local(*args: Any) -> tuple[list[Any], Measures]:
+    def local(*args: Any) -> tuple[list[Any], list[Parts]]:
         outs, found = function(*args)
-        return outs, [views.average(measure, (0,)) for measure in found]
+        return outs, [[of_device(part) for part in parts] for parts in found]
 
-    specs = (list(params["out_specs"]), PartitionSpec(axes))
+    def of_device(part: Any) -> Any:
+        if isinstance(part, Rows):
+            return part.map(lambda x: x[None])
+        return views.average(part, (0,))
+
+    of_rows = Rows(PartitionSpec(None, axes), PartitionSpec(None, axes), PartitionSpec(axes))  # type: ignore[arg-type]
+    parts = [[PartitionSpec(axes), *([of_rows] if n_rows else [])] for n_rows in inner.values()]
+    specs = (list(params["out_specs"]), parts)
     outs, gathered = jax.shard_map(
         local,
         mesh=mesh,
@@ -291,7 +319,7 @@ def _shard_map(
     )(*args)
     sizes = dict(mesh.shape)
     found = []
-    for use, measure in zip(inner, gathered, strict=True):
+    for use, parts in zip(inner, gathered, strict=True):
         spec = params["in_specs"][use.root]
         copied = {n: n in use.piece.gathered or n not in use.varying for n in axes}
         along = {
@@ -300,14 +328,17 @@ def _shard_map(
             for name in dimension_axes(names)
             if dimension in use.stats_axes
         }
-        found.append(_joined(measure, {name: sizes[name] for name in axes}, along, copied))
+        of_mesh = {name: sizes[name] for name in axes}
+        found.append([_joined(part, of_mesh, along, copied) for part in parts])
     return outs, found
 
 
 def _joined(
-    measure: Measure, sizes: dict[str, int], along: dict[str, int], copied: dict[str, bool]
-) -> Measure:
+    measure: Part, sizes: dict[str, int], along: dict[str, int], copied: dict[str, bool]
+) -> Part:
     """The devices' measurements, stacked along the leading axis, as those of groups of rows.
+
+    Rows themselves are in no groups, and are joined.
 
     Args:
       measure: The stacked measurements.
@@ -319,13 +350,16 @@ def _joined(
     measure = measure.map(lambda x: x.reshape(*sizes.values(), *x.shape[1:]))
     position = {name: i for i, name in enumerate(sizes)}
     for name, axis in reversed(along.items()):
-        size = measure.mean.shape[n_axes + axis]
+        size = measure.shape[n_axes + axis]
         merge = functools.partial(_merged, source=position[name], axis=n_axes + axis, size=size)
         measure = measure.map(merge)
     # Rows that several devices have measured count once.
     copies = math.prod(n for name, n in sizes.items() if copied[name] and name not in along)
     measure = measure.map(lambda x: x.reshape(-1, *x.shape[n_axes:]))
-    return dataclasses.replace(measure, count=measure.count / copies)
+    measure = dataclasses.replace(measure, count=measure.count / copies)
+    if isinstance(measure, Rows):
+        return measure.average((0,)).map(lambda x: jnp.squeeze(x, 0))
+    return measure
 
 
 def _merged(x: jax.Array, source: int, axis: int, size: int) -> jax.Array:

@@ -229,13 +229,13 @@ def _by_group(
     """
     sizes = tuple(x.shape[axis] for axis in axes)
     n_rows = math.prod(sizes)
-    flat = None if weights is None else _fitted(weights, sizes).ravel().astype(jnp.float32)
+    flat = None if weights is None else fitted(weights, sizes).ravel().astype(jnp.float32)
     groups = n_groups(x, axes, weights is None and n_chosen is None)
     if n_chosen is not None and n_chosen < groups:
         groups = math.gcd(groups, n_chosen)
     chosen = None
     if n_chosen is not None and -(-n_chosen // groups) * groups < n_rows:
-        chosen = _sample(n_rows, -(-n_chosen // groups) * groups).reshape(groups, -1)
+        chosen = sample(n_rows, -(-n_chosen // groups) * groups).reshape(groups, -1)
         chosen = chosen - n_rows // groups * np.arange(groups)[:, None]
 
     def of_group(x: jax.Array, flat: Weights, chosen: Any) -> Moments:
@@ -252,7 +252,7 @@ def _by_group(
     return jax.vmap(of_group, in_axes=(first, 0, 0))(x, flat, chosen)
 
 
-def _sample(n_rows: int, n_chosen: int) -> np.ndarray:
+def sample(n_rows: int, n_chosen: int) -> np.ndarray:
     """`n_chosen` of `n_rows` rows, one of each of so many equal parts, always the same.
 
     Its place in the part goes by multiples of the golden ratio, so that no period, such as the
@@ -295,7 +295,7 @@ def _rows(
     return jnp.where(counts, rows, jnp.zeros((), rows.dtype)), (0,), shares, share
 
 
-def _fitted(weights: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+def fitted(weights: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
     """Weights of rows that run over axes of the given sizes, of examples or of their positions."""
     shape = weights.shape
     if shape == sizes[: len(shape)]:

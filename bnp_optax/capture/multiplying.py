@@ -97,10 +97,13 @@ class Multiplying(Following):
                 inner=None,
                 product=found,
                 inputs=inputs,
+                rows_from=self.rows_from(found, inputs),
                 varying=self.varies(inputs),
                 rows=(self.numbers.atom(self.env, inputs), kernel),
                 input_axes=input_axes,
                 stats_axes=piece.varying.union(*(piece.axes[axis] for axis in found.varying)),
+                partial_axes=piece.partial,
+                group_axes=piece.axes[-1] if found.n_groups > 1 else frozenset(),
                 count=found.count,
                 depends=self.is_dependent(inputs),
                 constant=not self.is_dependent(inputs) and not self.is_data(inputs),
@@ -122,7 +125,16 @@ class Multiplying(Following):
         inputs = product.inputs
         if mark is not None and fits(mark.var, inputs, product):
             return mark.var
-        # A small spread needs the digits that a cast drops.
+        return self.before_casts(inputs)
+
+    def rows_from(self, product: Product, inputs: Any) -> Any:
+        """The variable that rows are taken from: padded, unlike `inputs`, as the product has it."""
+        if inputs.aval.shape == product.inputs.aval.shape:
+            return inputs
+        return self.before_casts(product.inputs)
+
+    def before_casts(self, inputs: Any) -> Any:
+        """A variable before its casts: a small spread needs the digits that a cast drops."""
         while not isinstance(inputs, Literal) and is_cast(self.definitions.get(inputs)):
             inputs = self.definitions[inputs].invars[0]
         return inputs

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bnp_optax.capture import moments, views
+from bnp_optax.capture import moments, rows, views
 from bnp_optax.capture.moments import Moments, Options, Weights, Window
 from bnp_optax.capture.views import View
 
@@ -28,7 +28,10 @@ class Product:
       positions: Output positions that share the kernel.
       count: Batch size x positions.
       kind: Of the layer: `'Dense'`, `'Conv'` or `'Embed'`.
+      rows: At most a number of rows of such inputs, in the view's layout; None if they cannot be
+        told from the inputs.
       window: Axes of the inputs that a window slides over.
+      n_groups: Of a convolution, into how many its features fall.
     """
 
     view: View
@@ -41,7 +44,9 @@ class Product:
     positions: int
     count: Any
     kind: str
+    rows: Callable[[Any, Weights, int], rows.Rows] | None
     window: Sequence[int] = ()
+    n_groups: int = 1
 
 
 def dot_general(eqn: Any, side: int, view: View, options: Options) -> Product | str:
@@ -62,16 +67,18 @@ def dot_general(eqn: Any, side: int, view: View, options: Options) -> Product | 
     free = [axis for axis in axes if axis not in contract[side] and axis not in batch[side]]
     shape = inputs.aval.shape
     rest = [None] * (len(shape) - len(contract[1 - side]) - len(batch[1 - side]))
+    count = math.prod(n for axis, n in enumerate(shape) if axis not in met.values())
     return Product(
         view=view,
         inputs=inputs,
         measure=lambda x, weights: moments.contraction(x, axis_of, weights, options),
+        rows=lambda x, weights, n: rows.contraction(x, axis_of, weights, n, count),
         summed=tuple(contract[side]),
         varying=tuple(met),
         batch=batch[side],
         out_axes=[*batch[side], *((free + rest) if side == 0 else (rest + free))],
         positions=1,
-        count=math.prod(n for axis, n in enumerate(shape) if axis not in met.values()),
+        count=count,
         kind="Dense",
     )
 
@@ -101,6 +108,12 @@ def conv(eqn: Any, kernel: View, options: Options) -> Product | str:
         x = jnp.transpose(x, inputs_first)
         return moments.convolution(x, features, groups, window, weights, options)
 
+    count = inputs.aval.shape[numbers.lhs_spec[0]] * positions
+
+    def rows_of(x: Any, weights: Weights, n_rows: int) -> rows.Rows:
+        x = jnp.transpose(x, inputs_first)
+        return rows.patches(x, features, groups, window, weights, n_rows, count)
+
     varying = range(last) if options.conv_statistics == "patch" else [last - 1]
     out_axes: list[int | None] = [None] * len(out_shape)
     out_axes[numbers.out_spec[1]] = last
@@ -108,13 +121,15 @@ def conv(eqn: Any, kernel: View, options: Options) -> Product | str:
         view=standard,
         inputs=inputs,
         measure=measure,
+        rows=rows_of,
         summed=range(last),
         varying=[*varying, *([last] if groups > 1 else [])],
         batch=(),
         out_axes=out_axes,
         positions=positions,
-        count=inputs.aval.shape[numbers.lhs_spec[0]] * positions,
+        count=count,
         kind="Conv",
+        n_groups=groups,
         window=numbers.lhs_spec[2:] if options.conv_statistics == "channel" else (),
     )
 
@@ -142,6 +157,7 @@ def patches(found: Product, named: Any, options: Options) -> Product | None:
         view=kernel,
         inputs=named,
         measure=lambda x, weights: moments.contraction(x, axis_of, weights, options),
+        rows=None,
         summed=range(last),
         varying=(last - 1,),
         out_axes=[None if axis is None else last for axis in found.out_axes],
@@ -173,6 +189,7 @@ def lookup(eqn: Any, table: View, options: Options) -> Product:
         view=table,
         inputs=indices,
         measure=measure,
+        rows=lambda x, weights, n: rows.lookup(x, n_rows, n_features, weights, n),
         summed=(0,),
         varying=(0,),
         batch=(),

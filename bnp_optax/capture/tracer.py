@@ -213,6 +213,8 @@ class _Tracer(Multiplying):
                     inner=inner,
                     input_axes=outside(inner.input_axes, shown),
                     stats_axes=varying,
+                    partial_axes=piece.partial | outside(inner.partial_axes, shown),
+                    group_axes=outside(inner.group_axes, shown),
                     count=inner.count if scanned else inner.count * length,
                     biases=biases,
                 )
@@ -261,6 +263,8 @@ class _Tracer(Multiplying):
                 continue
             for use in uses:
                 use.inner, use.inputs = None, mark.var
+                same = mark.var.aval.shape == use.product.inputs.aval.shape
+                use.rows_from = mark.var if same else None
                 steps = (*use.piece.steps, *inner.piece.steps)
                 use.piece = dataclasses.replace(use.piece, steps=steps)
 

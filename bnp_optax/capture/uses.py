@@ -41,9 +41,13 @@ class Use:
       inner: The same use seen from inside of the call; None for a product of this jaxpr.
       product: What multiplies.
       inputs: The variable of the innermost jaxpr that is measured.
+      rows_from: The same for rows of second moments, as the product meets them; None if there
+        is none.
       rows: Numbers of the inputs' value and of the kernel's: equal for the same rows once more.
       input_axes: Axes of the parameter that are summed over.
       stats_axes: Axes of the parameter along which the statistics vary.
+      partial_axes: Axes of the parameter of which the product takes a part of several places.
+      group_axes: Of a grouped convolution, the axes of the parameter along its features.
       count: Batch size x positions x calls, as traced.
       varying: In `shard_map`, the mesh axes along which devices hold different inputs.
       depends: Whether the inputs depend on parameters.
@@ -64,10 +68,13 @@ class Use:
     inner: "Use | None"
     product: Product
     inputs: Any
+    rows_from: Any
     varying: frozenset[str]
     rows: tuple[int, int]
     input_axes: frozenset[int]
     stats_axes: frozenset[int]
+    partial_axes: frozenset[int]
+    group_axes: frozenset[int]
     count: Any
     depends: bool
     constant: bool
@@ -262,6 +269,7 @@ def compose(view: View, operands: Sequence[View | None]) -> View | None:
                 piece.cuts | {(k, place) for axis, place in inner.cuts for k in piece.axes[axis]},
                 piece.varying | outside(inner.varying, piece),
                 piece.gathered | inner.gathered,
+                piece.partial | outside(inner.partial, piece),
             )
             for piece in outer.pieces
         ]

@@ -10,11 +10,13 @@ along W's axis 1 and axis 1 along W's axis 0. The mean of x comes in the layout 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from bnp_optax.capture.rows import Rows
 
 Shape = tuple[int, ...]
 Axes = tuple[frozenset[int], ...]
@@ -38,12 +40,19 @@ class Measure:
     rest: Any
     count: Any
 
+    @property
+    def shape(self) -> Shape:
+        """The layout."""
+        return self.mean.shape
+
     def map(self, function: Callable[[Any], Any]) -> "Measure":
         """Apply a rearrangement to every array."""
         return jax.tree.map(function, self)
 
 
-Step = Callable[[Measure, Read], Measure]
+# What is brought from layout to layout.
+Part = TypeVar("Part", Measure, Rows)
+Step = Callable[[Any, Read], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +67,7 @@ class Piece:
       cuts: Axes of the parameter of which the view holds a single place, each with that place.
       varying: Axes of the parameter along which the steps make statistics vary.
       gathered: Mesh axes that the view was gathered over from the parameter's shards.
+      partial: Axes of the parameter of which the view holds a part of several places.
     """
 
     root: int
@@ -67,8 +77,9 @@ class Piece:
     cuts: frozenset[tuple[int, Any]] = frozenset()
     varying: frozenset[int] = frozenset()
     gathered: frozenset[str] = frozenset()
+    partial: frozenset[int] = frozenset()
 
-    def pull(self, measure: Measure, read: Read) -> Measure:
+    def pull(self, measure: Part, read: Read) -> Part:
         """`measure` in the parameter's layout; `read` gives values of the jaxpr's variables."""
         for step in reversed(self.steps):
             measure = step(measure, read)
@@ -205,9 +216,9 @@ def broadcast(view: View, shape: Shape, dimensions: tuple[int, ...]) -> View:
             for axis in range(len(shape))
         )
 
-    def step(measure: Measure, _: Read) -> Measure:
+    def step(measure: Any, _: Read) -> Any:
         # A parameter that meets different inputs in its copies has the statistics of them all.
-        varying = tuple(axis for axis in copied if measure.mean.shape[axis] > 1)
+        varying = tuple(axis for axis in copied if measure.shape[axis] > 1)
         if varying:
             measure = average(measure, varying)
         return measure.map(lambda x: jnp.squeeze(x, dropped))
@@ -250,7 +261,7 @@ def sliced(
     old = view.shape
     cut = tuple(axis for axis in range(len(shape)) if shape[axis] != old[axis])
 
-    def step(measure: Measure, read: Read) -> Measure:
+    def step(measure: Any, read: Read) -> Any:
         start = at(read)
 
         def put(x: jax.Array) -> jax.Array:
@@ -285,6 +296,7 @@ def sliced(
             piece,
             cuts=piece.cuts | {(k, places[axis]) for axis in single for k in piece.axes[axis]},
             varying=piece.varying.union(*(piece.axes[axis] for axis in cut)),
+            partial=piece.partial.union(*(piece.axes[a] for a in cut if a not in single)),
         )
         for piece in new.pieces
     )
@@ -298,7 +310,7 @@ def concatenate(operands: list[View], axis: int) -> View | None:
     for view in operands:
         start, stop = offset, offset + view.shape[axis]
 
-        def cut(measure: Measure, _: Read, start: int = start, stop: int = stop) -> Measure:
+        def cut(measure: Any, _: Read, start: int = start, stop: int = stop) -> Any:
             return measure.map(
                 lambda x: (
                     jax.lax.slice_in_dim(x, start, stop, axis=axis) if x.shape[axis] > 1 else x
@@ -321,7 +333,7 @@ def gather(view: View, shape: Shape, mesh_axis: str, axis: int, tiled: bool) -> 
     """The shards of all devices along a mesh axis, joined along `axis` or stacked on a new one."""
     size = view.shape[axis] if tiled else 1
 
-    def step(measure: Measure, _: Read) -> Measure:
+    def step(measure: Any, _: Read) -> Any:
         # Every device has measured with the whole kernel. The union of what they have found is
         # cut into shards.
         every = measure.map(lambda x: jax.lax.all_gather(x, mesh_axis))
@@ -343,13 +355,15 @@ def gather(view: View, shape: Shape, mesh_axis: str, axis: int, tiled: bool) -> 
     return dataclasses.replace(new, pieces=tuple(pieces))
 
 
-def average(measure: Measure, axes: tuple[int, ...]) -> Measure:
+def average(measure: Part, axes: tuple[int, ...]) -> Part:
     """The statistics of the union over `axes`, which keep their place with size 1.
 
     The variance of a union is the mean of its parts' variances and squared distances to the
     common mean (Chan's formula). A distance of two rounded means would be wrong by their rounding,
     which is as much as 1e-3 of a deviation where the mean is 1e4 of them: `rest` mends it.
     """
+    if isinstance(measure, Rows):
+        return measure.average(axes)
     shape = np.broadcast_shapes(measure.mean.shape, measure.count.shape)
     count = jnp.broadcast_to(
         measure.count,

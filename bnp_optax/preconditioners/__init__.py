@@ -5,18 +5,25 @@ from bnp_optax.preconditioners.base import Operator, Preconditioner
 from bnp_optax.preconditioners.bnp import bnp
 from bnp_optax.preconditioners.bnp_operator import BNPState
 from bnp_optax.preconditioners.composition import ComposeState, compose
+from bnp_optax.preconditioners.mean_activation import MeanActivationState, mean_activation
 from bnp_optax.preconditioners.options import BNPOptions, takes_bnp_options
+from bnp_optax.preconditioners.whiten import whiten
+from bnp_optax.preconditioners.whiten_operator import WhitenState
 
 __all__ = [
     "BNPOptions",
     "BNPState",
     "ComposeState",
     "DiagonalState",
+    "MeanActivationState",
     "Operator",
     "Preconditioner",
+    "WhitenState",
     "adagrad",
     "bnp",
     "compose",
+    "mean_activation",
     "rms",
     "takes_bnp_options",
+    "whiten",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from bnp_optax._tree import KERNEL, absent, is_named, named_leaves, quoted
 from bnp_optax.layers import Layers, by_convention
@@ -76,3 +77,36 @@ def _check_fit(layers: Layers, tree: Any, leaves: Mapping[str, Any]) -> None:
                 f"have it with shape {shape}. {remedy}"
             )
             raise ValueError(msg)
+
+
+def to_matrix(layer: Layer, kernel: Array) -> Array:
+    """A kernel as matrices of inputs by outputs, (*blocks, n, m)."""
+    cut, order = _matrix_axes(layer)
+    blocks, n = layer.block_shape, layer.fan_in
+    return jnp.transpose(kernel.reshape(cut), order).reshape(*blocks, n, -1)
+
+
+def from_matrix(layer: Layer, matrix: Array) -> Array:
+    """What `to_matrix` made of a kernel, back in the kernel's shape."""
+    cut, order = _matrix_axes(layer)
+    moved = matrix.reshape([cut[axis] for axis in order])
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return jnp.transpose(moved, inverse).reshape(layer.kernel_shape)
+
+
+def _matrix_axes(layer: Layer) -> tuple[list[int], list[int]]:
+    """The kernel's shape with axes of groups cut in two, and its axes: blocks, inputs, outputs."""
+    inputs, blocks = layer.block_layout
+    numbers = dict(blocks)
+    cut: list[int] = []
+    first, second, third = [], [], []
+    for axis, size in enumerate(layer.kernel_shape):
+        if axis in numbers and numbers[axis] != size:
+            first.append(len(cut))
+            third.append(len(cut) + 1)
+            cut += [numbers[axis], size // numbers[axis]]
+            continue
+        kind = second if axis in inputs else first if axis in numbers else third
+        kind.append(len(cut))
+        cut.append(size)
+    return cut, [*first, *second, *third]

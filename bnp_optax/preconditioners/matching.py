@@ -1,5 +1,6 @@
 """Statistics that came with a step, checked against the kernels that they are for."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +65,9 @@ def match_statistics(
         _check_shapes(layer, stats)
         if layers is None:
             layer = _settled(layer, placed(stats.layer, layer.kernel_shape, leaves))
-        matched[name] = (layer, stats)
+        # A layer that was written by hand may lack the shape, which `LayerStats.input_mean` needs.
+        of_shape = dataclasses.replace(stats.layer, kernel_shape=layer.kernel_shape)
+        matched[name] = (layer, dataclasses.replace(stats, layer=of_shape))
     return matched
 
 

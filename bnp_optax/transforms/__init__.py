@@ -6,6 +6,7 @@ from bnp_optax.transforms.gradient_regularization import (
     zspace_grad_reg,
 )
 from bnp_optax.transforms.multi_steps import MultiStepsState, multi_steps
+from bnp_optax.transforms.orthogonalize import OrthogonalizeState, orthogonalize
 from bnp_optax.transforms.precondition import (
     PreconditionState,
     bnp_precondition,
@@ -19,12 +20,14 @@ __all__ = [
     "GradientRegularizationState",
     "InZspaceState",
     "MultiStepsState",
+    "OrthogonalizeState",
     "PreconditionState",
     "ProximalL1State",
     "bnp_precondition",
     "gradient_regularization",
     "in_zspace",
     "multi_steps",
+    "orthogonalize",
     "precondition",
     "proximal_l1",
     "pspace_weight_decay",

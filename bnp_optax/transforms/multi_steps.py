@@ -1,7 +1,8 @@
 """Accumulate gradients and statistics over microbatches."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from bnp_optax._tree import named_leaves, replace_leaves
 from bnp_optax.preconditioners.bnp_operator import bnp_states
 from bnp_optax.preconditioners.matching import LEFT_OUT
+from bnp_optax.preconditioners.whiten_operator import whiten_states
 from bnp_optax.statistics import LayerStats
 
 
@@ -24,7 +26,8 @@ class MultiStepsState(NamedTuple):
     Attributes:
       multi_steps: State of `optax.MultiSteps`.
       mean: Mean of the inputs in the microbatches since the last step.
-      var: Variance of the same, that between microbatches included.
+      var: Variance of the same, that between microbatches included; for `whiten` the covariance,
+        and `mean` of the rows that it is of.
       rows: How many rows these are of, a scalar.
     """
 
@@ -38,6 +41,11 @@ class _Moments(NamedTuple):
     mean: Array
     var: Array
     rows: Float[Array, ""]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether they are second moments, with a covariance."""
+        return self.var.ndim > self.mean.ndim
 
 
 def multi_steps(
@@ -91,13 +99,25 @@ def multi_steps(
         shapes: dict[str, Any] = {}
         for bnp_state in bnp_states(state):
             shapes |= {name: jnp.shape(var) for name, var in named_leaves(bnp_state.var).items()}
+        of_var = {**shapes}
+        for whiten_state in whiten_states(state):
+            for name, vectors in named_leaves(whiten_state.vectors).items():
+                if name in shapes and len(of_var[name]) == len(shapes[name]):
+                    msg = (
+                        f"`{name}` is preconditioned by `bnp` and by `whiten` in one optimizer: "
+                        "`multi_steps` accumulates the statistics of one of them. Leave the layer "
+                        "out of the `layers` of the other."
+                    )
+                    raise ValueError(msg)
+                *blocks, n, _ = vectors.shape
+                shapes[name], of_var[name] = (*blocks, n), (*blocks, n, n)
         masks = jax.tree.map(lambda _: optax.MaskedNode(), params)
 
         def zeros(shapes: Mapping[str, Any]) -> Any:
             return replace_leaves(masks, {n: jnp.zeros(s, jnp.float32) for n, s in shapes.items()})
 
         return MultiStepsState(
-            state, zeros(shapes), zeros(shapes), zeros(dict.fromkeys(shapes, ()))
+            state, zeros(shapes), zeros(of_var), zeros(dict.fromkeys(shapes, ()))
         )
 
     def update_fn(
@@ -122,7 +142,7 @@ def multi_steps(
         if new:
             layer_stats = {**given}
             for name, moments in new.items():
-                layer_stats[name] = LayerStats.of_batch(*moments, given[name].layer)
+                layer_stats[name] = _as_statistics(moments, given[name])
         if layer_stats is not LEFT_OUT:
             extra_args["layer_stats"] = layer_stats
         before = state.multi_steps
@@ -154,6 +174,8 @@ def _fits(moments: _Moments, stats: Any) -> bool:
     """Whether there are statistics to add; the preconditioner refuses those that do not fit."""
     if not isinstance(stats, LayerStats):
         return False
+    if moments.is_matrix:
+        return stats.second_moment is not None and stats.second_moment.shape == moments.var.shape
     old, new = moments.mean.shape, jnp.shape(stats.mean)
     return len(old) == len(new) and all(
         a == b or 1 in (a, b) for a, b in zip(old, new, strict=True)
@@ -165,10 +187,25 @@ def _union(moments: _Moments, stats: LayerStats) -> _Moments:
     mean, var, rows = moments
     total = rows + stats.count
     share = jnp.where(stats.count == 0.0, 0.0, stats.count / total)
-    distance = stats.mean - mean
-    between = share * (1.0 - share) * distance**2
-    return _Moments(
-        mean + share * distance,
-        (1.0 - share) * var + share * stats.total_variance + between,
-        total,
+    if moments.is_matrix:
+        distance, spread = stats.input_mean - mean, cast("Array", stats.total_covariance)
+        square = distance[..., :, None] * distance[..., None, :]
+    else:
+        distance, spread = stats.mean - mean, stats.total_variance
+        square = distance**2
+    between = share * (1.0 - share) * square
+    return _Moments(mean + share * distance, (1.0 - share) * var + share * spread + between, total)
+
+
+def _as_statistics(moments: _Moments, last: LayerStats) -> LayerStats:
+    """Statistics of all microbatches, where `last` are those of the last one.
+
+    With second moments all else is that of the last one, which `whiten` does not look at.
+    """
+    mean, var, rows = moments
+    if not moments.is_matrix:
+        return LayerStats.of_batch(mean, var, rows, last.layer)
+    moment = var + mean[..., :, None] * mean[..., None, :]
+    return dataclasses.replace(
+        last, count=rows, second_moment=moment, covariance=var, rows_mean=mean
     )

@@ -1,0 +1,165 @@
+"""Ready-made optimizers in the z of `whiten`, and the preconditioner of the mean activation."""
+
+import inspect
+from typing import Any, TypedDict, Unpack
+
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from bnp_optax._checks import check_fraction, check_non_negative
+from bnp_optax._tree import named_leaves, replace_leaves
+from bnp_optax.layers import Layers
+from bnp_optax.preconditioners.layout import layers_of
+from bnp_optax.preconditioners.whiten import whiten
+from bnp_optax.transforms.orthogonalize import orthogonalize
+from bnp_optax.transforms.zspace import in_zspace
+
+
+class WhitenOptions(TypedDict, total=False):
+    """The options of `whiten`, where they are described."""
+
+    exponent: ArrayLike
+    damping: ArrayLike
+    decay: ArrayLike
+    refresh_every: int
+    rank: int
+    max_fan_in: int
+    layers: Layers | None
+
+
+def _takes_whiten_options(function: Any) -> Any:
+    """Spell out in the signature the options that `function` hands on to `whiten`."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = inspect.signature(whiten).parameters.values()
+    function.__signature__ = signature.replace(parameters=[*own, *options])
+    return function
+
+
+@_takes_whiten_options
+def whiten_adam(
+    learning_rate: optax.ScalarOrSchedule = 0.03,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    **whiten_options: Unpack[WhitenOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """Adam in the z of `whiten`, of which a layer's step is divided by sqrt(fan-in + 1).
+
+    In z a unit's inputs have mean 0 and about covariance I, and Adam moves each of its weights by
+    about the learning rate. The division makes the change of its output about the same in layers
+    of any width; it is that of P by sqrt(fan-in + 1), of which Adam sees nothing else.
+
+    Args:
+      learning_rate: Step size >= 0, or a schedule of it. The default is for batches of 16 to 128;
+        about sqrt(N / 60) times that for a smaller batch of N.
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment, in [0, 1).
+      eps: Added to the root of the second moment, >= 0.
+      **whiten_options: Options of `whiten`.
+
+    Returns:
+      A transformation whose `update` takes `layer_stats` from `value_and_grad(loss_fn,
+      second_moments=True)`.
+
+    Raises:
+      ValueError: If a hyper-parameter is out of its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax.linen as nn
+      >>> import optax
+      >>> import bnp_optax
+      >>> model, x = nn.Dense(2), jax.random.normal(jax.random.key(1), (8, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda p: jnp.mean(model.apply({"params": p}, x) ** 2)
+      >>> tx = bnp_optax.whiten_adam()
+      >>> state = tx.init(params)
+      >>> _, grads, stats = bnp_optax.value_and_grad(loss_fn, second_moments=True)(params)
+      >>> updates, state = tx.update(grads, state, params, layer_stats=stats)
+      >>> bool(loss_fn(optax.apply_updates(params, updates)) < loss_fn(params))
+      True
+    """
+    check_non_negative("learning_rate", learning_rate)
+    check_fraction("b1", b1)
+    check_fraction("b2", b2)
+    check_non_negative("eps", eps)
+    layers = whiten_options.get("layers")
+    inner = optax.chain(optax.adam(learning_rate, b1, b2, eps), _divided_by_fan_in(layers))
+    return in_zspace(inner, whiten(**whiten_options))
+
+
+@_takes_whiten_options
+def whiten_muon(
+    learning_rate: optax.ScalarOrSchedule = 0.003,
+    momentum: ArrayLike = 0.95,
+    nesterov: bool = True,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    **whiten_options: Unpack[WhitenOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """Orthogonalized momentum in the z of `whiten`; Adam, there, for all else than kernels.
+
+    Args:
+      learning_rate: Step size >= 0, or a schedule of it, on the scale of Adam's. The default is for
+        batches of 16 to 128; about sqrt(N / 60) times that for a smaller batch of N.
+      momentum: Decay of the momentum, in [0, 1).
+      nesterov: Whether to use Nesterov momentum.
+      b1: Adam's.
+      b2: Adam's.
+      eps: As in `orthogonalize`.
+      **whiten_options: Options of `whiten`; its `layers` are those that are orthogonalized too.
+
+    Returns:
+      A transformation whose `update` takes `layer_stats` from `value_and_grad(loss_fn,
+      second_moments=True)`.
+
+    Raises:
+      ValueError: If a hyper-parameter is out of its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax.linen as nn
+      >>> import optax
+      >>> import bnp_optax
+      >>> model, x = nn.Dense(2), jax.random.normal(jax.random.key(1), (8, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda p: jnp.mean(model.apply({"params": p}, x) ** 2)
+      >>> tx = bnp_optax.whiten_muon()
+      >>> state = tx.init(params)
+      >>> _, grads, stats = bnp_optax.value_and_grad(loss_fn, second_moments=True)(params)
+      >>> updates, state = tx.update(grads, state, params, layer_stats=stats)
+      >>> bool(loss_fn(optax.apply_updates(params, updates)) < loss_fn(params))
+      True
+    """
+    check_non_negative("learning_rate", learning_rate)
+    inner = optax.chain(
+        orthogonalize(
+            momentum=momentum,
+            nesterov=nesterov,
+            eps=eps,
+            b1=b1,
+            b2=b2,
+            layers=whiten_options.get("layers"),
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return in_zspace(inner, whiten(**whiten_options))
+
+
+def _divided_by_fan_in(layers: Layers | None) -> optax.GradientTransformation:
+    """Divide the updates of each layer by the root of the number of its inputs, the 1 included."""
+
+    def update(updates: Any, params: Any = None) -> Any:
+        del params
+        leaves, new = named_leaves(updates), {}
+        for name, layer in layers_of(updates, layers).items():
+            for leaf in (name, layer.bias):
+                if leaf is not None:
+                    factor = jnp.asarray((layer.fan_in + 1) ** -0.5, leaves[leaf].dtype)
+                    new[leaf] = factor * leaves[leaf]
+        return replace_leaves(updates, new)
+
+    return optax.stateless(update)
