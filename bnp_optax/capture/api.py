@@ -180,6 +180,8 @@ def value_and_grad(
         embeddings=embeddings,
         weights=weights,
         fixed=fixed,
+        second_moments=second_moments,
+        second_moment_rows=second_moment_rows,
     )
 
 
@@ -218,6 +220,8 @@ def _captured(
     embeddings: bool = False,
     weights: Callable[..., Any] | None = None,
     fixed: Mapping[str, LayerStats] | None = None,
+    second_moments: SecondMoments = None,
+    second_moment_rows: int = 1024,
 ) -> Callable[..., tuple[Any, Any, dict[str, LayerStats]]]:
     """The loss with its statistics, and what `differentiate` makes of it beside the value."""
     options = options_of(conv_statistics, sample_rows, embeddings)

@@ -68,4 +68,8 @@ def _dot(c: Stats, w: Kernel, bias_shape: tuple[int, ...]) -> Float[Array, "..."
     kept = [axis for axis in axes if bias_shape[axis] > 1]
     flat = jnp.squeeze(c, tuple(axis for axis in axes if c.shape[axis] == 1))
     out_sharding = sharding_of_sum(w, kept)
-    return jnp.einsum(flat, varying, w, axes, kept, out_sharding=out_sharding).reshape(bias_shape)
+    # In bfloat16 or TF32, as accelerators multiply by default, P^-1 would not undo P.
+    dot = jnp.einsum(
+        flat, varying, w, axes, kept, precision=jax.lax.Precision.HIGHEST, out_sharding=out_sharding
+    )
+    return dot.reshape(bias_shape)
