@@ -96,8 +96,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
         lambda: optax.sgd(0.1, momentum=0.9),
     ),
     "bnp_adam": Optimizer(
-        lambda: bnp_optax.bnp_adam(1e-2, eps=EPS, batch_size=BATCH),
-        lambda: optax.adam(1e-2, eps=EPS),
+        lambda: bnp_optax.bnp_adam(eps=EPS, batch_size=BATCH),
+        lambda: optax.adam(3e-3, eps=EPS),
     ),
     "muon in z": Optimizer(
         lambda: bnp_optax.in_zspace(_muon(), _bnp()),

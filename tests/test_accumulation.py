@@ -134,6 +134,7 @@ def test_parts_of_several_sizes_have_the_statistics_of_their_union():
     assert_trees_close(numbers(state), numbers(want), 1e-5)
 
 
+@pytest.mark.optimized
 def test_a_skipped_microbatch_adds_no_statistics():
     tx = bnp_optax.bnp_sgd(0.1)
     bad = np.full_like(X[0][:8], np.nan)

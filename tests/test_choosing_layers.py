@@ -63,7 +63,9 @@ def test_no_layer_chosen_changes_nothing():
     ],
 )
 def test_layers_that_are_no_dict_of_layers(layers, got):
-    with pytest.raises(ValueError, match=f"`layers` must be a dict of .*{got}.* filter what `find"):
+    with pytest.raises(
+        ValueError, match=f"`layers` must be a dict of .*{got}.* filter those of `layers"
+    ):
         bnp_optax.bnp(layers=layers)
 
 

@@ -15,6 +15,7 @@ from contract_problems import (
     PRECONDITIONING,
     READY_MADE,
     REGULARIZING,
+    TRANSFORMATIONS,
     assert_close,
     assert_same,
     avals,

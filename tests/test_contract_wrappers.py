@@ -102,7 +102,8 @@ def test_partition_with_a_transformation_for_each_label(name: str) -> None:
     labels = {layer: layer.partition("_")[0] for layer in problem.params}
     parted = optax.partition({"Conv": make(name), "Dense": make(name)}, labels)
     updates, state = run(parted, problem)
-    if name in REGULARIZING:  # Curvature between the parts is none of either's.
+    # Curvature between the parts is none of either's, and each has one q for its own layers.
+    if name in REGULARIZING or name.startswith("bnp_sgd"):
         convs, _ = run(make(name), part_of(problem, lambda layer, leaf: labels[layer] != "Conv"))
         denses, _ = run(make(name), part_of(problem, lambda layer, leaf: labels[layer] != "Dense"))
         drop_empty = [

@@ -82,6 +82,7 @@ def test_step_by_step_is_the_loop_of_matfree():
     np.testing.assert_allclose(one.betas, two.betas, rtol=1e-9)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("convolution", [False, True])
 @pytest.mark.parametrize("name", ["identity", "zero", "two values", "rank one"])
 def test_invariant_subspaces(name, convolution):

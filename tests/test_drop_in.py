@@ -229,11 +229,16 @@ def test_decay_masks_and_partitions_see_the_bare_parameters():
         assert set(params) == set(BARE)
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
-    decayed = bnp_optax.bnp_adamw(1e-2, weight_decay=0.1, mask=kernels, layers=LAYERS)
+    # Adam's usual eps makes steps of what rounding leaves of gradients near zero.
+    decayed = bnp_optax.bnp_adamw(1e-2, eps=1e-3, weight_decay=0.1, mask=kernels, layers=LAYERS)
     labels = {**jax.tree.map(lambda _: "train", BARE), "Dense_0": {"kernel": "freeze"}}
     but_one = {name: layer for name, layer in LAYERS.items() if name != "Dense_0/kernel"}
     frozen = optax.partition(
-        {"train": bnp_optax.bnp_adam(1e-2, layers=but_one), "freeze": optax.set_to_zero()}, labels
+        {
+            "train": bnp_optax.bnp_adam(1e-2, eps=1e-3, layers=but_one),
+            "freeze": optax.set_to_zero(),
+        },
+        labels,
     )
     for tx, layers in ((decayed, LAYERS), (frozen, but_one)):
         _, grads, stats = jit(bnp_optax.value_and_grad(bare_loss, layers=layers))(BARE, BATCHES[0])
@@ -369,7 +374,8 @@ def test_options_of_the_capture():
     loss_fn, params, in_trainer = wrapped(**options)
     grads = jit(jax.grad(loss_fn))(params, BATCHES[0])
     got, _ = jit(in_trainer.update)(grads, jit(in_trainer.init)(params), params)
-    assert_trees_close(bnp_optax.bare_params(got), want, 1e-6)
+    # Statistics travel in float32; fixed means are far from the batch's, where rounding cancels.
+    assert_trees_close(bnp_optax.bare_params(got), want, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------
