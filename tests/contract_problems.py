@@ -268,10 +268,19 @@ def problem_of(kind: str) -> Problem:
     return Problem(params, batches, evaluate, steps)
 
 
+# What holds of another one holds of these: `bnp_sgd`, `bnp_adam` and `whiten_adam`.
+_LIKE_ANOTHER = ("bnp_sgd_momentum", "bnp_adamw", "precondition_whiten", "whiten_muon")
+
+
+def _marked(name: str, *values: str) -> Any:
+    marks = pytest.mark.slow if name in _LIKE_ANOTHER else ()
+    return pytest.param(name, *values, marks=marks)
+
+
 def on_problems(*kinds: str) -> pytest.MarkDecorator:
     """Each transformation on each kind of problem, where the kind can matter to it."""
     cases = [
-        (name, kind)
+        _marked(name, kind)
         for name in TRANSFORMATIONS
         for kind in kinds
         if kind != "net" or name not in LEAFWISE or name.endswith("weight_decay")
@@ -279,7 +288,9 @@ def on_problems(*kinds: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "kind"), cases)
 
 
-on_every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
+on_every_transformation = pytest.mark.parametrize(
+    "name", [_marked(name) for name in TRANSFORMATIONS]
+)
 on_every_problem = on_problems("array", "tuple", "net")
 on_every_tree = on_problems("tuple", "net")
 

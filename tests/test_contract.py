@@ -72,11 +72,15 @@ def test_with_layers_is_not_its_optax_counterpart(name: str) -> None:
 def test_names_of_one_thing_agree() -> None:
     problem = problem_of("net")
     first = problem._replace(steps=problem.steps[:1])
+    papers: dict[str, Any] = {"eps_rel": 1e-2, "eps_abs": 1e-4, "shrinkage": None}
+    of_layers = papers | {"scale": True, "scale_bias": False}
     preconditioned = optax.tree.scale(-0.1, run(make("bnp_precondition"), first)[0])
-    for name in ("bnp_sgd", "bnp_sgd_momentum"):
-        assert_close(run(make(name), first)[0], preconditioned, rtol=1e-4)
+    for momentum in (None, 0.9):
+        sgd = bnp_optax.bnp_sgd(0.1, momentum, **of_layers)
+        assert_close(run(sgd, first)[0], preconditioned, rtol=1e-4)
     assert_same(run(make("precondition"), problem), run(make("bnp_precondition"), problem))
-    assert_same(run(make("bnp_adam"), problem), run(make("in_zspace"), problem))
+    adam = bnp_optax.in_zspace(optax.adam(0.1), bnp())
+    assert_same(run(bnp_optax.bnp_adam(0.1, **of_layers), problem), run(adam, problem))
 
 
 def test_in_zspace_hands_on_the_extra_arguments_that_are_not_its_own() -> None:
@@ -249,6 +253,7 @@ MINIMIZERS = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("target", STARTS)
 @pytest.mark.parametrize("name", MINIMIZERS)
 def test_converges(name: str, target: str) -> None:
