@@ -23,6 +23,8 @@ from benchmarks.cost_methods import (
     make_training,
 )
 
+pytestmark = pytest.mark.slow
+
 TINY = QUICK_PROBLEMS[0]
 RATIOS = [
     f"{key}{suffix}" for key in ("time_ratio", "pass_ratio") for suffix in ("", "_to_batch_norm")

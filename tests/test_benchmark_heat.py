@@ -5,6 +5,8 @@ import json
 from benchmarks import heat
 from benchmarks.heat import CONTESTANTS, Config
 
+pytestmark = pytest.mark.slow
+
 
 def test_numbers_come_with_their_environment(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(heat, "CONTESTANTS", (CONTESTANTS[0], CONTESTANTS[-1]))

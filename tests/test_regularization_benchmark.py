@@ -23,6 +23,8 @@ from benchmarks.regularization_methods import (
 from benchmarks.regularization_runs import Measured, cut, kernel_entries, largest_eigenvalue, prune
 from benchmarks.regularization_sweep import Plan, Point, Sweep, with_wrong_labels
 
+pytestmark = pytest.mark.slow
+
 STRENGTHS = [0.001, 10.0]
 SPARSITIES = [0.5, 0.9]
 TINY = {
