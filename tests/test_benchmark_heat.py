@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import heat
 from benchmarks.heat import CONTESTANTS, Config
 
