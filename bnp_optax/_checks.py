@@ -53,3 +53,11 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         accepted = ", ".join(repr(choice) for choice in choices)
         msg = f"`{name}` must be one of {accepted}; got {value!r}."
         raise ValueError(msg)
+
+
+def check_adam(learning_rate: Any, b1: Any, b2: Any, eps: Any) -> None:
+    """Raise unless these are hyper-parameters of Adam."""
+    check_non_negative("learning_rate", learning_rate)
+    check_fraction("b1", b1)
+    check_fraction("b2", b2)
+    check_non_negative("eps", eps)

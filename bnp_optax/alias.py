@@ -6,8 +6,8 @@ from typing import Any, Unpack
 import optax
 from jax.typing import ArrayLike
 
-from bnp_optax._checks import check_fraction, check_non_negative
-from bnp_optax.preconditioners import BNPOptions, bnp, rms, takes_bnp_options
+from bnp_optax._checks import check_adam, check_fraction, check_non_negative
+from bnp_optax.preconditioners import BNPOptions, bnp, rms, takes_options
 from bnp_optax.transforms import bnp_precondition, in_zspace, proximal_l1
 
 # Chosen on half of the problems of the benchmarks; docs/decisions.md says by what.
@@ -25,7 +25,7 @@ ADAM_OPTIONS: BNPOptions = {
 }
 
 
-@takes_bnp_options(**SGD_OPTIONS)
+@takes_options(bnp, **SGD_OPTIONS)
 def bnp_sgd(
     learning_rate: optax.ScalarOrSchedule = 0.03,
     momentum: ArrayLike | None = None,
@@ -81,7 +81,7 @@ def bnp_sgd(
     return in_zspace(optax.sgd(learning_rate, momentum, nesterov), bnp(**options))
 
 
-@takes_bnp_options(**ADAM_OPTIONS)
+@takes_options(bnp, **ADAM_OPTIONS)
 def bnp_adam(
     learning_rate: optax.ScalarOrSchedule = 3e-3,
     b1: ArrayLike = 0.9,
@@ -126,11 +126,11 @@ def bnp_adam(
     Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
     Regularization", (4). For the paper's P: `in_zspace(optax.adam(learning_rate), bnp())`.
     """
-    _check_adam(learning_rate, b1, b2, eps)
+    check_adam(learning_rate, b1, b2, eps)
     return in_zspace(optax.adam(learning_rate, b1, b2, eps), bnp(**(ADAM_OPTIONS | bnp_options)))
 
 
-@takes_bnp_options(**ADAM_OPTIONS)
+@takes_options(bnp, **ADAM_OPTIONS)
 def bnp_adamw(
     learning_rate: optax.ScalarOrSchedule = 3e-3,
     b1: ArrayLike = 0.9,
@@ -180,7 +180,7 @@ def bnp_adamw(
     Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
     Regularization", (9).
     """
-    _check_adam(learning_rate, b1, b2, eps)
+    check_adam(learning_rate, b1, b2, eps)
     check_non_negative("weight_decay", weight_decay)
     inner = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
     return in_zspace(inner, bnp(**(ADAM_OPTIONS | bnp_options)))
@@ -228,18 +228,9 @@ def adam_l1(
     Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
     Regularization" (L1 by the same argument as (9)).
     """
-    _check_adam(learning_rate, b1, b2, eps)
+    check_adam(learning_rate, b1, b2, eps)
     check_non_negative("l1", l1)
     step = optax.chain(
         optax.scale_by_learning_rate(learning_rate), proximal_l1(l1, learning_rate, mask)
     )
     return in_zspace(step, rms(b2, eps), before=optax.ema(b1))
-
-
-def _check_adam(
-    learning_rate: optax.ScalarOrSchedule, b1: ArrayLike, b2: ArrayLike, eps: ArrayLike
-) -> None:
-    check_non_negative("learning_rate", learning_rate)
-    check_fraction("b1", b1)
-    check_fraction("b2", b2)
-    check_non_negative("eps", eps)

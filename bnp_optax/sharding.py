@@ -22,8 +22,8 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
     statistics of shape (in, 1) beside a kernel of shape (in, out) are sharded along the first axis
     as the kernel is, and not along the second; a factored moment of `optax.adafactor`, of
     shape (in,) or (out,), is sharded as that axis of the kernel is, if its size tells which one it
-    is. All else is replicated: counts, what `bnp` keeps in a few
-    numbers, and all that `whiten` keeps.
+    is. All else is replicated: counts, what `bnp` keeps in a few numbers, and all that `whiten`
+    keeps.
 
     Which parameter an array belongs to is told by the end of its path in the state.
 

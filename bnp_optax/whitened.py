@@ -1,43 +1,21 @@
-"""Ready-made optimizers in the z of `whiten`, and the preconditioner of the mean activation."""
+"""Ready-made optimizers in the z of `whiten`."""
 
-import inspect
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from bnp_optax._checks import check_fraction, check_non_negative
+from bnp_optax._checks import check_adam
 from bnp_optax._tree import named_leaves, replace_leaves
 from bnp_optax.layers import Layers
+from bnp_optax.preconditioners import WhitenOptions, takes_options, whiten
 from bnp_optax.preconditioners.layout import layers_of
-from bnp_optax.preconditioners.whiten import whiten
 from bnp_optax.transforms.orthogonalize import orthogonalize
 from bnp_optax.transforms.zspace import in_zspace
 
 
-class WhitenOptions(TypedDict, total=False):
-    """The options of `whiten`, where they are described."""
-
-    exponent: ArrayLike
-    damping: ArrayLike
-    decay: ArrayLike
-    refresh_every: int
-    rank: int
-    max_fan_in: int
-    layers: Layers | None
-
-
-def _takes_whiten_options(function: Any) -> Any:
-    """Spell out in the signature the options that `function` hands on to `whiten`."""
-    signature = inspect.signature(function)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    options = inspect.signature(whiten).parameters.values()
-    function.__signature__ = signature.replace(parameters=[*own, *options])
-    return function
-
-
-@_takes_whiten_options
+@takes_options(whiten)
 def whiten_adam(
     learning_rate: optax.ScalarOrSchedule = 0.03,
     b1: ArrayLike = 0.9,
@@ -80,17 +58,17 @@ def whiten_adam(
       >>> updates, state = tx.update(grads, state, params, layer_stats=stats)
       >>> bool(loss_fn(optax.apply_updates(params, updates)) < loss_fn(params))
       True
+
+    Source: Kingma and Ba, "Adam", ICLR 2015, in the z of `whiten`, by Ye, "Preconditioning for
+    Accelerated Gradient Descent Optimization and Regularization", (4).
     """
-    check_non_negative("learning_rate", learning_rate)
-    check_fraction("b1", b1)
-    check_fraction("b2", b2)
-    check_non_negative("eps", eps)
+    check_adam(learning_rate, b1, b2, eps)
     layers = whiten_options.get("layers")
     inner = optax.chain(optax.adam(learning_rate, b1, b2, eps), _divided_by_fan_in(layers))
     return in_zspace(inner, whiten(**whiten_options))
 
 
-@_takes_whiten_options
+@takes_options(whiten)
 def whiten_muon(
     learning_rate: optax.ScalarOrSchedule = 0.003,
     momentum: ArrayLike = 0.95,
@@ -133,8 +111,12 @@ def whiten_muon(
       >>> updates, state = tx.update(grads, state, params, layer_stats=stats)
       >>> bool(loss_fn(optax.apply_updates(params, updates)) < loss_fn(params))
       True
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, in the z
+    of `whiten`, by Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
+    Regularization", (4).
     """
-    check_non_negative("learning_rate", learning_rate)
+    check_adam(learning_rate, b1, b2, eps)
     inner = optax.chain(
         orthogonalize(
             momentum=momentum,

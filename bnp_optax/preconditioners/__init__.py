@@ -6,7 +6,7 @@ from bnp_optax.preconditioners.bnp import bnp
 from bnp_optax.preconditioners.bnp_operator import BNPState
 from bnp_optax.preconditioners.composition import ComposeState, compose
 from bnp_optax.preconditioners.mean_activation import MeanActivationState, mean_activation
-from bnp_optax.preconditioners.options import BNPOptions, takes_bnp_options
+from bnp_optax.preconditioners.options import BNPOptions, WhitenOptions, takes_options
 from bnp_optax.preconditioners.whiten import whiten
 from bnp_optax.preconditioners.whiten_operator import WhitenState
 
@@ -18,12 +18,13 @@ __all__ = [
     "MeanActivationState",
     "Operator",
     "Preconditioner",
+    "WhitenOptions",
     "WhitenState",
     "adagrad",
     "bnp",
     "compose",
     "mean_activation",
     "rms",
-    "takes_bnp_options",
+    "takes_options",
     "whiten",
 ]

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -18,12 +18,12 @@ from bnp_optax._checks import (
     check_positive,
 )
 from bnp_optax._explicit import fitted
-from bnp_optax._tree import mask_leaves, named_leaves, quoted, replace_leaves
+from bnp_optax._tree import mask_leaves, named_leaves, replace_leaves
 from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.base import Preconditioner
 from bnp_optax.preconditioners.bnp_operator import BNPOperator, BNPState
 from bnp_optax.preconditioners.layout import layers_of
-from bnp_optax.preconditioners.matching import LEFT_OUT, match_statistics
+from bnp_optax.preconditioners.matching import LEFT_OUT, check_same_layers, match_statistics
 from bnp_optax.preconditioners.running import Batch, Rule, Running, Variance, moved
 from bnp_optax.statistics import Layer, LayerStats
 
@@ -80,16 +80,16 @@ def bnp(
     Args:
       decay: rho in [0, 1), of the running statistics.
       eps_rel: epsilon_1 >= 0, floor of the variance relative to the layer's largest, or with
-        `shrinkage` to its mean. Inputs more
-        than 1 / sqrt(eps_rel) times smaller than the largest, 10 times by default, are not scaled
-        up any further. Raw features of very different scale need less; 10 leaves hardly more than
-        the centering and one scale a layer.
+        `shrinkage` to its mean. Inputs more than 1 / sqrt(eps_rel) times smaller than that, 10
+        times by default, are not scaled up any further. Raw features of very different scale need
+        less; 10 leaves hardly more than the centering and one scale a layer.
       eps_abs: epsilon_2 >= 0, absolute floor of the variance.
       scale: Whether to divide by q. It balances the layers for a plain gradient step; with an
         adaptive optimizer in z it divides the learning rate, which pays with Adam and not with
-        Muon. `'network'` has one q for all layers, q^2 = max(sum(n) / (30 N), sqrt(positions)),
-        with the sum of n over the layers and the geometric mean of their positions: for SGD, so
-        that one learning rate suits networks and batches of different sizes.
+        Muon. `'network'` has one q for all layers that this P has,
+        q^2 = max(sum(n) / (30 N), sqrt(positions)), with the sum of n over the layers and the
+        geometric mean of their positions: for SGD, so that one learning rate suits networks and
+        batches of different sizes.
       warm_start: Start the running statistics with the first batch's instead of 0 and 1. It pays
         in short runs, of a few times 1 / (1 - decay) steps, on batches large enough to tell.
       variance: `'batch'` takes the variance about the batch's mean, `'running'` about the running
@@ -207,7 +207,7 @@ def bnp(
         if not matched:
             return state
         old = BNPState._make([*map(named_leaves, state[:-1]), state.eps])
-        _check_same_layers(matched, old.var)
+        check_same_layers("bnp", matched, old.var)
         # Both are needed, or a donated state would not be donated whole.
         new_eps, _ = jax.lax.optimization_barrier((eps(), old.eps))
         new = BNPState({}, {}, {}, {}, new_eps)
@@ -298,12 +298,3 @@ def _n_stacked(layer: Layer, stats: LayerStats) -> int:
     if stats.layer.kind == "Conv":
         others = others[: ndim - n_inputs - 1]
     return math.prod(layer.kernel_shape[axis] for axis in others)
-
-
-def _check_same_layers(found: Iterable[str], expected: Iterable[str]) -> None:
-    if list(found) != list(expected):
-        msg = (
-            f"The updates have the layers {quoted(found)}, but the state of `bnp` was made for "
-            f"{quoted(expected)}. Call `init` on parameters of the updates' structure."
-        )
-        raise ValueError(msg)

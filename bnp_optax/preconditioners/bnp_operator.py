@@ -71,7 +71,7 @@ def scalings(state: BNPState) -> dict[str, Scaling]:
         axes = inputs.get(name)
         inv_q, entered, *_ = numbers[name]
         mean, square = means.get(name), None
-        if len(state.eps) > 2:
+        if len(state.eps) > 2:  # With `shrinkage`.
             mean, floored, square = shrunk(mean, var, axes, numbers[name][5], state.eps)
         else:
             # Step 3.

@@ -1,7 +1,7 @@
 """Statistics that came with a step, checked against the kernels that they are for."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -69,6 +69,16 @@ def match_statistics(
         of_shape = dataclasses.replace(stats.layer, kernel_shape=layer.kernel_shape)
         matched[name] = (layer, dataclasses.replace(stats, layer=of_shape))
     return matched
+
+
+def check_same_layers(preconditioner: str, found: Iterable[str], expected: Iterable[str]) -> None:
+    """Raise unless the layers of the updates are those of the state."""
+    if list(found) != list(expected):
+        msg = (
+            f"The updates have the layers {quoted(found)}, but the state of `{preconditioner}` was "
+            f"made for {quoted(expected)}. Call `init` on parameters of the updates' structure."
+        )
+        raise ValueError(msg)
 
 
 def _settled(guess: Layer, found: Layer) -> Layer:

@@ -12,8 +12,7 @@ from bnp_optax._tree import mask_leaves, named_leaves, replace_leaves
 from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.base import Preconditioner
 from bnp_optax.preconditioners.layout import layers_of
-from bnp_optax.preconditioners.matching import LEFT_OUT, match_statistics
-from bnp_optax.preconditioners.whiten import check_same_layers
+from bnp_optax.preconditioners.matching import LEFT_OUT, check_same_layers, match_statistics
 from bnp_optax.preconditioners.whiten_operator import Root, WhitenOperator
 
 
@@ -96,7 +95,7 @@ def mean_activation(
         if not matched:
             return state
         means, counts = named_leaves(state.mean), named_leaves(state.entered)
-        check_same_layers("mean_activation", list(matched), list(means))
+        check_same_layers("mean_activation", matched, means)
         for name, (_, stats) in matched.items():
             stats = jax.lax.stop_gradient(stats)
             mean = stats.input_mean

@@ -1,4 +1,4 @@
-"""The options of `bnp`, for functions that hand them on."""
+"""The options of preconditioners, for functions that hand them on."""
 
 import inspect
 from collections.abc import Callable
@@ -7,7 +7,6 @@ from typing import Any, Literal, TypedDict, TypeVar
 from jax.typing import ArrayLike
 
 from bnp_optax.layers import Layers
-from bnp_optax.preconditioners.bnp import bnp
 from bnp_optax.preconditioners.running import Variance
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -29,14 +28,27 @@ class BNPOptions(TypedDict, total=False):
     layers: Layers | None
 
 
-def takes_bnp_options(**defaults: Any) -> Callable[[Function], Function]:
-    """Spell out in the signature the options that a function hands on to `bnp`.
+class WhitenOptions(TypedDict, total=False):
+    """The options of `whiten`, where they are described."""
+
+    exponent: ArrayLike
+    damping: ArrayLike
+    decay: ArrayLike
+    refresh_every: int
+    rank: int
+    max_fan_in: int
+    layers: Layers | None
+
+
+def takes_options(of: Callable[..., Any], **defaults: Any) -> Callable[[Function], Function]:
+    """Spell out in the signature the options that a function hands on to `of`.
 
     For `help`, and for `optax.inject_hyperparams`, which makes hyper-parameters of the arguments
     that the signature names.
 
     Args:
-      **defaults: Those that are not `bnp`'s. The function puts them in.
+      of: Such as `bnp`; its options are keyword-only.
+      **defaults: Those that are not those of `of`. The function puts them in.
     """
 
     def decorate(function: Function) -> Function:
@@ -44,7 +56,7 @@ def takes_bnp_options(**defaults: Any) -> Callable[[Function], Function]:
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         options = [
             p.replace(default=defaults.get(name, p.default))
-            for name, p in inspect.signature(bnp).parameters.items()
+            for name, p in inspect.signature(of).parameters.items()
         ]
         function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
         return function

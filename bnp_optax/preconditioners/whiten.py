@@ -9,11 +9,11 @@ from jaxtyping import Array
 
 from bnp_optax._checks import check_count, check_fraction, check_non_negative
 from bnp_optax._explicit import spec_of
-from bnp_optax._tree import mask_leaves, named_leaves, quoted, replace_leaves
+from bnp_optax._tree import mask_leaves, named_leaves, replace_leaves
 from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.base import Preconditioner
 from bnp_optax.preconditioners.layout import layers_of
-from bnp_optax.preconditioners.matching import LEFT_OUT, match_statistics
+from bnp_optax.preconditioners.matching import LEFT_OUT, check_same_layers, match_statistics
 from bnp_optax.preconditioners.running_covariance import Running, start, updated
 from bnp_optax.preconditioners.whiten_operator import (
     WhitenOperator,
@@ -132,7 +132,7 @@ def whiten(
         if not matched:
             return state
         old = [named_leaves(field) for field in state[:-1]]
-        check_same_layers("whiten", list(matched), list(old[-1]))
+        check_same_layers("whiten", matched, old[-1])
         # Both are needed, or a donated state would not be donated whole.
         new_hyper, _ = jax.lax.optimization_barrier((hyper(), state.hyper))
         parts = {}
@@ -210,15 +210,5 @@ def _check_second_moment(name: str, layer: Layer, stats: LayerStats) -> None:
             f"summed over its axes {layer.block_layout[0]}. Capture it with the parameters that "
             "are optimized, and pass `layers=bnp_optax.find_layers(loss_fn, params, ...)` to the "
             "preconditioner."
-        )
-        raise ValueError(msg)
-
-
-def check_same_layers(preconditioner: str, found: list[str], expected: list[str]) -> None:
-    """Raise unless the layers of the updates are those of the state."""
-    if found != expected:
-        msg = (
-            f"The updates have the layers {quoted(found)}, but the state of `{preconditioner}` was "
-            f"made for {quoted(expected)}. Call `init` on parameters of the updates' structure."
         )
         raise ValueError(msg)

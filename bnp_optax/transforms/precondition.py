@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, Unpack
 
 import optax
 
-from bnp_optax.preconditioners import BNPOptions, Preconditioner, bnp, takes_bnp_options
+from bnp_optax.preconditioners import BNPOptions, Preconditioner, bnp, takes_options
 from bnp_optax.preconditioners.base import check_preconditioner
 from bnp_optax.transforms.extra_args import update_inner
 
@@ -78,7 +78,7 @@ def precondition(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@takes_bnp_options()
+@takes_options(bnp)
 def bnp_precondition(**options: Unpack[BNPOptions]) -> optax.GradientTransformationExtraArgs:
     """Batch normalization preconditioning of the gradient, `precondition(bnp(**options))`.
 
