@@ -1,10 +1,11 @@
-"""A contest of ways to train: `python -m benchmarks run`, `report`, `cost`; and `scale`.
+"""A contest of ways to train: `python -m benchmarks run`, `report`, `cost`; and more.
 
     python -m benchmarks run                                  # what needs no files
     python -m benchmarks run --problems 'fc-cifar10-*' --data-dir DIR
     python -m benchmarks report
     python -m benchmarks cost
     python -m benchmarks scale
+    python -m benchmarks applications
 
 A run that was stopped, or killed, goes on with the same command: each training is kept as soon as
 it is done.
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from benchmarks import campaign, cost, scale
 from benchmarks import problems as registry
+from benchmarks.applications import command as applications
 from benchmarks.campaign import Choice, matching
 from benchmarks.methods import METHODS, RATES
 from benchmarks.problems import Scale
@@ -99,7 +101,13 @@ def report(results: Path = RESULTS, output: Path | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    commands = {"run": run, "report": report, "cost": cost.main, "scale": scale.main}
+    commands = {
+        "run": run,
+        "report": report,
+        "cost": cost.main,
+        "scale": scale.main,
+        "applications": applications.main,
+    }
     return tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="python -m benchmarks")
 
 

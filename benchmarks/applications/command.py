@@ -1,0 +1,67 @@
+"""`python -m benchmarks applications`: the problems that normalization cannot go to."""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+from rich.console import Console
+
+from benchmarks.applications import search
+from benchmarks.applications.base import Application
+from benchmarks.applications.report import as_table, draw
+from benchmarks.campaign import matching
+from benchmarks.environment import environment
+
+RESULTS = Path("results/applications")
+
+
+def registry(data_dir: Path | None) -> dict[str, Application]:
+    """All applications, by name."""
+    found: list[Application] = []
+    return {application.name: application for application in found}
+
+
+def main(
+    only: tuple[str, ...] = ("*",),
+    seeds: int = 3,
+    tuning_seeds: int = 1,
+    steps: int | None = None,
+    data_dir: Path | None = None,
+    results: Path = RESULTS,
+) -> int:
+    """Tune and train every contestant of each application; table, figure and numbers.
+
+    Args:
+      only: Names or patterns.
+      seeds: Trainings at the rate that is chosen.
+      tuning_seeds: Trainings at each rate of the search.
+      steps: Length of a training; the application's own if not given.
+      data_dir: Folder of the .npz files; the environment variable BNP_DATA_DIR if not given.
+      results: Folder of the results.
+    """
+    mpl.use("Agg")
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    known = registry(data_dir)
+    try:
+        names = matching(known, only, "application")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    results.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        application = known[name]
+        length = application.steps if steps is None else steps
+        found = search.conduct(application, seeds, tuning_seeds, length, console.print)
+        about = {
+            "title": application.title,
+            "measure": application.measure,
+            "rates": search.RATES,
+            "environment": environment(),
+        }
+        (results / f"{name}.json").write_text(json.dumps(about | found, indent=1))
+        draw(application, found, results / f"{name}.png")
+        text = f"# {application.title}\n\n{as_table(application, found)}\n"
+        (results / f"{name}.md").write_text(text)
+        console.print(text, soft_wrap=True)
+    return 0

@@ -1,0 +1,67 @@
+"""Every contestant of an application at the learning rate that its own search chooses."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.applications.base import Application, Contestant
+from benchmarks.tuning import best_rate, next_rate
+
+# Three to a decade, the same for all.
+RATES = tuple(float(f"{x}e{e}") for e in range(-6, 1) for x in (1, 3))
+# The seeds that choose are none of those that are reported.
+_TUNING_SEED = 1000
+
+
+def conduct(
+    application: Application,
+    seeds: int,
+    tuning_seeds: int,
+    steps: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The results of all contestants, as what JSON can hold.
+
+    Args:
+      application: What is trained.
+      seeds: Trainings at the rate that is chosen.
+      tuning_seeds: Trainings at each rate of the search; the median chooses.
+      steps: Length of a training.
+      say: Called with a line for each contestant.
+    """
+    found = {}
+    for contestant in application.contestants:
+        result = _one(application, contestant, seeds, tuning_seeds, steps)
+        found[contestant.name] = result
+        scores = ", ".join(f"{score:.4g}" for score in result["scores"])
+        say(f"{application.name}: {contestant.label}: rate {result['rate']:g}: {scores}")
+    return {"steps": steps, "tuning_seeds": tuning_seeds, "contestants": found}
+
+
+def _one(
+    application: Application, contestant: Contestant, seeds: int, tuning_seeds: int, steps: int
+) -> dict[str, Any]:
+    sign = 1.0 if application.higher_is_better else -1.0
+    tuned: dict[float, float] = {}
+    choosing = range(_TUNING_SEED, _TUNING_SEED + tuning_seeds)
+    while (rate := next_rate(tuned, RATES, contestant.start)) is not None:
+        curves = application.train(contestant.name, rate, choosing, steps)
+        median = sign * float(np.median(application.judged(np.asarray(curves, float))))
+        tuned[rate] = median if math.isfinite(median) else -math.inf
+    rate = best_rate(tuned, RATES, contestant.start)
+    curves = np.asarray(application.train(contestant.name, rate, range(seeds), steps), float)
+    return {
+        "label": contestant.label,
+        "ours": contestant.ours,
+        "legal": contestant.legal,
+        "rate": rate,
+        "tuning": {f"{at:g}": _number(sign * score) for at, score in sorted(tuned.items())},
+        "scores": [_number(score) for score in application.judged(curves)],
+        "curves": [[_number(value) for value in curve] for curve in curves],
+    }
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
