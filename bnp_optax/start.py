@@ -1,18 +1,11 @@
 """Where training starts: initial values of z instead of p."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from bnp_optax.capture.dataset import dataset_statistics
 from bnp_optax.preconditioners.bnp import bnp
 from bnp_optax.statistics import LayerStats
-
-# In float32 an input whose variance is a smaller part of its squared mean is constant.
-_CONSTANT = 1e-12
 
 
 def start_in_zspace(
@@ -29,8 +22,8 @@ def start_in_zspace(
     z keeps it so: with P held, every step of training is the same in whatever units the inputs
     come. No preconditioner can make up for initial values that saturate the units.
 
-    Hold P by giving the statistics to `value_and_grad` as `fixed`, and let P scale all inputs:
-    `bnp(eps_rel=1e-8, eps_abs=0.0)` and the like.
+    Give the statistics to the optimizer as `fixed`, which holds P in these layers:
+    `bnp_adam(fixed=fixed)`. Given to `value_and_grad` too, they need not be measured again.
 
     Args:
       loss_fn: The loss, `loss_fn(params, *batch)`, in any framework.
@@ -63,23 +56,5 @@ def start_in_zspace(
     """
     statistics = dataset_statistics(loss_fn, params, batches)
     layers = {name: stats.layer for name, stats in statistics.items()}
-    exact = bnp(decay=0.0, eps_rel=0.0, eps_abs=0.0, scale=False, max_ratio=None, layers=layers)
-    state = exact.update(
-        jax.tree.map(jnp.zeros_like, params),
-        exact.init(params),
-        params,
-        layer_stats=_without_constants(statistics),
-    )
-    return exact.operator(state).mv(params), statistics
-
-
-def _without_constants(statistics: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
-    """Statistics in which constant inputs vary by their size, whatever their units."""
-
-    def changed(stats: LayerStats) -> LayerStats:
-        square = stats.mean**2
-        size = jnp.where(square > 0.0, square, 1.0)
-        varies = (stats.var > _CONSTANT * square) | (stats.layer.bias is None) & (square > 0.0)
-        return dataclasses.replace(stats, var=jnp.where(varies, stats.var, size))
-
-    return {name: changed(stats) for name, stats in statistics.items()}
+    exact = bnp(scale=False, layers=layers, fixed=statistics)
+    return exact.operator(exact.init(params)).mv(params), statistics

@@ -49,7 +49,7 @@ def matrix(mean, var, window, inv_size, options, q2, has_bias):
     mean = np.kron(weight * mean, np.ones(window))
     center, scale = oracles.centering_matrix(mean), oracles.scaling_matrix(sigma2)
     if options["scale_bias"]:
-        scale[0, 0] = math.sqrt(1 + mean @ mean)
+        scale[0, 0] = math.sqrt(1 + (mean**2).mean())
     return (center @ scale if has_bias else scale[1:, 1:]) / math.sqrt(q2)
 
 

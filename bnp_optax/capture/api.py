@@ -1,5 +1,6 @@
 """`find_layers` and `value_and_grad`: what users call to capture statistics."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -123,8 +124,8 @@ def value_and_grad(
       weights: A function of the loss's arguments, `weights(*args, **kwargs)`, that returns weights
         >= 0 of shape (batch,), or (batch, length) such as a padding mask: rows of weight 0 do not
         count. It changes the statistics only, not the loss.
-      fixed: Statistics from `dataset_statistics`, returned as they are for layers that then cost
-        nothing.
+      fixed: Statistics from `dataset_statistics` or `start_in_zspace`, returned with the
+        `count` of the batch, all its rows, for layers that then cost nothing.
       second_moments: Of which layers to capture E[h h^T] too, which `whiten` needs: True for all,
         their names, or layers as `layers` takes them; None or False for none, which costs nothing.
         Of a convolution h are the patches that the kernel meets, zeros of the padding included,
@@ -260,7 +261,12 @@ def _captured(
             elif layers is None and is_named(name, KERNEL):
                 idle = by_convention(name, tuple(jnp.shape(leaves[name])), leaves)
                 stats |= {name: covered.idle_statistics(idle, name in second)} if idle else {}
-        return value, grads, stats | known
+        for name, of_data in known.items():
+            if name in found.kernels:
+                count = jnp.asarray(found.kernels[name].count, jnp.float32)
+                of_data = dataclasses.replace(of_data, count=count)
+            stats[name] = of_data
+        return value, grads, stats
 
     return wrapped
 

@@ -22,6 +22,7 @@ from bnp_optax._tree import mask_leaves, named_leaves, replace_leaves
 from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.base import Preconditioner
 from bnp_optax.preconditioners.bnp_operator import BNPOperator, BNPState
+from bnp_optax.preconditioners.fixed import check_fixed, held_statistics
 from bnp_optax.preconditioners.layout import layers_of
 from bnp_optax.preconditioners.matching import LEFT_OUT, check_same_layers, match_statistics
 from bnp_optax.preconditioners.running import Batch, Rule, Running, Variance, moved
@@ -44,6 +45,7 @@ def bnp(
     batch_size: ArrayLike | None = None,
     max_ratio: ArrayLike | None = 1e4,
     layers: Layers | None = None,
+    fixed: Mapping[str, LayerStats] | None = None,
 ) -> Preconditioner:
     r"""Precondition each layer by the running mean and variance of its inputs.
 
@@ -97,11 +99,10 @@ def bnp(
       shrinkage: k >= 0, as above; None for the paper's running statistics, from mu = 0, sigma = 1.
         At batch size 1 it takes several examples to tell the inputs of a layer apart; k of about
         10 waits for them. `warm_start` and `variance` then say nothing.
-      scale_bias: Whether D has beta = sqrt(1 + sum(mu^2)) for the bias instead of 1, the sum over
-        the unit's inputs. An optimizer whose steps are of one size, such as Adam, then moves the
-        unit's mean response as far as a step of random signs in p does, and finds its way from
-        initial values that raw inputs of large means put far off. With a plain gradient step,
-        which grows with beta^2, it diverges.
+      scale_bias: Whether D has beta = sqrt(1 + mean(mu^2)) for the bias instead of 1, the mean over
+        the unit's inputs. With the usual initial values, a unit's mean response to raw inputs is
+        about beta off: an optimizer whose steps are of one size, such as Adam, then has about
+        unit distance to go in z. With a plain gradient step, which grows with beta^2, it diverges.
       batch_size: N in q, where the statistics do not know it, such as those of one shard. None
         takes the largest that they had so far: after a change to smaller batches for good, give
         theirs.
@@ -115,6 +116,10 @@ def bnp(
         sibling `bias`, where axes are in the order of Flax's layers. What `find_layers` returns
         also serves parameters of other names and layouts, and settles the shapes of the state at
         `init`, which `jax.lax.scan` over training steps needs for grouped convolutions.
+      fixed: Statistics by kernel that are known once and for all, from `start_in_zspace` or
+        `dataset_statistics`. There P has them from the start and keeps them: sigma~ = sigma, with
+        no floor and no shrinkage, and beta = 1. Of what comes in `layer_stats` only N counts.
+        Constant inputs are divided by their size.
 
     Returns:
       A `Preconditioner`. Its `update` takes `layer_stats`, from `value_and_grad`; with
@@ -129,7 +134,7 @@ def bnp(
 
     Raises:
       ValueError: If a hyper-parameter is out of its range; at `init`, if a kernel is complex or
-        `layers` does not fit; at `update`, if `layer_stats` does not fit.
+        `layers` or `fixed` does not fit; at `update`, if `layer_stats` does not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -161,6 +166,7 @@ def bnp(
     check_positive("batch_size", batch_size)
     check_above_one("max_ratio", max_ratio)
     check_layers(layers)
+    held = {name: held_statistics(stats) for name, stats in (fixed or {}).items()}
 
     def eps() -> Array:
         return _vector(eps_rel, eps_abs, *([] if shrinkage is None else [shrinkage]))
@@ -175,11 +181,18 @@ def bnp(
             array = jnp.full(found[name].stats_shape, value, jnp.float32)
             return fitted(array, leaves[name])
 
+        check_fixed(held, found)
+        start = {n: Running(full(0.0, n), full(1.0, n), _vector(*numbers)) for n in found}
+        for name, stats in held.items():
+            layer, kernel = found[name], leaves[name]
+            var = stats.total_variance + (0.0 if layer.bias else stats.mean**2)
+            counts = (1.0, math.inf, 0.0, 0.0, jnp.max(var), 0.0)[: len(numbers)]
+            start[name] = Running(fitted(stats.mean, kernel), fitted(var, kernel), _vector(*counts))
         ambiguous = {name: _may_vary_elsewhere(layer, layers) for name, layer in found.items()}
         return BNPState(
-            mean=_at(params, {n: full(0.0, n) for n, layer in found.items() if layer.bias}),
-            var=_at(params, {n: full(1.0, n) for n in found}),
-            numbers=_at(params, {n: _vector(*numbers) for n in found}),
+            mean=_at(params, {n: start[n].mean for n, layer in found.items() if layer.bias}),
+            var=_at(params, {n: start[n].var for n in found}),
+            numbers=_at(params, {n: start[n].numbers for n in found}),
             inputs=_at(params, {n: _bits(layer) for n, layer in found.items() if ambiguous[n]}),
             eps=eps(),
         )
@@ -190,7 +203,7 @@ def bnp(
         q_of = _whole_network(matched) if scale == "network" else None
         # c is of the layer's own positions in any case.
         return {
-            n: Rule(q_of or (size if scale else None), size[1], *options)
+            n: Rule(q_of or (size if scale else None), size[1], *options, n in held)
             for n, size in sizes.items()
         }
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from bnp_optax._explicit import fitted
 from bnp_optax._tree import named_leaves, quoted, replace_leaves
@@ -29,7 +29,8 @@ class BNPState(NamedTuple):
       var: At all kernels, the running variance sigma^2, of the same shape; the mean square where
         there is no bias.
       numbers: At all kernels, five numbers: 1 / q, 1 before the first statistics; how many batches
-        entered the running statistics; how many did not, as they were not finite or had a negative
+        entered the running statistics, inf where they are `fixed` and P has no floor; how many
+        batches did not, as they were not finite or had a negative
         variance; N, the largest of those that entered, or `batch_size`; and the largest running
         variance, which the next step and this one's floor both need. With `shrinkage` a sixth: c,
         where 1 / c examples are what the running statistics are worth.
@@ -53,6 +54,7 @@ class Scaling(NamedTuple):
       diagonal: 1 / sigma~, broadcasts against the kernel; 1 before the first statistics.
       inv_q: 1 / q, the factor of P.
       inputs: As in `BNPState`; None where all axes of the statistics are summed over.
+      held: Whether the statistics are `fixed`.
       mean_square: Mean of mu^2 over the inputs, where it is known; else None.
     """
 
@@ -60,6 +62,7 @@ class Scaling(NamedTuple):
     diagonal: Array
     inv_q: Float[Array, ""]
     inputs: Float[Array, ""] | None
+    held: Bool[Array, ""]
     mean_square: Float[Array, ""] | None = None
 
 
@@ -77,8 +80,10 @@ def scalings(state: BNPState) -> dict[str, Scaling]:
             # Step 3.
             largest = numbers[name][4] if axes is None else over_inputs(jnp.max, var, axes)
             floored = var + state.eps[0] * largest + state.eps[1]
+        held = jnp.isinf(entered)
+        floored = jnp.where(held, var, floored)
         diagonal = jnp.where(entered > 0, jax.lax.rsqrt(floored), 1.0)
-        return Scaling(mean, diagonal, inv_q, axes, square)
+        return Scaling(mean, diagonal, inv_q, axes, held, square)
 
     return {name: scaling(name, var) for name, var in variances.items()}
 
@@ -186,11 +191,10 @@ class BNPOperator(Operator):
                 aligned = fitted(layer.align_bias(bias.astype(dtype)), w)
                 mean = fitted(scaling.mean, w)
                 if self._scale_bias:
-                    if scaling.mean_square is None:
-                        square = centering.squared_length(mean, w, aligned)
-                    else:
-                        square = layer.fan_in * scaling.mean_square
-                    s_b = s_b * jnp.sqrt(1.0 + square)
+                    square = scaling.mean_square
+                    if square is None:
+                        square = centering.squared_length(mean, w, aligned) / layer.fan_in
+                    s_b = s_b * jnp.where(scaling.held, 1.0, jnp.sqrt(1.0 + square))
                 w, b = function(w, aligned, mean, s, s_b)
                 restored = layer.restore_bias(b, bias.shape).astype(bias.dtype)
                 new[layer.bias] = fitted(restored, bias)

@@ -1,13 +1,14 @@
 """The options of preconditioners, for functions that hand them on."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict, TypeVar
 
 from jax.typing import ArrayLike
 
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners.running import Variance
+from bnp_optax.statistics import LayerStats
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -26,6 +27,7 @@ class BNPOptions(TypedDict, total=False):
     batch_size: ArrayLike | None
     max_ratio: ArrayLike | None
     layers: Layers | None
+    fixed: Mapping[str, LayerStats] | None
 
 
 class WhitenOptions(TypedDict, total=False):

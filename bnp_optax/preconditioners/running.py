@@ -54,6 +54,7 @@ class Rule(NamedTuple):
       variance: As in `bnp`.
       warm_start: As in `bnp`.
       shrinks: Whether statistics are bias-corrected and shrunk.
+      held: Whether the running statistics stay as they are.
     """
 
     q: tuple[float, float] | None
@@ -61,6 +62,7 @@ class Rule(NamedTuple):
     variance: Variance
     warm_start: bool
     shrinks: bool
+    held: bool = False
 
 
 @functools.partial(jax.jit, static_argnames="rule")
@@ -94,7 +96,9 @@ def moved(
     if first is not None:
         weights = _Weights(jnp.minimum(decay, 1.0 - first), jnp.maximum(rate, first))
     bound = _bound(max_ratio, n_entered, largest_var)
-    mean, var = _mean_and_var(old, batch, weights, bound, rule)
+    mean, var = old.mean, old.var
+    if not rule.held:
+        mean, var = _mean_and_var(old, batch, weights, bound, rule)
     valid, new_largest_var = _validity_and_largest(batch, var)
     accept = valid & (batch.n_rows > 0.0)
     reject = ~valid & (batch.n_rows != 0.0)
@@ -106,7 +110,9 @@ def moved(
     n = entered(jnp.maximum(size, largest) if batch_size is None else size, largest)
     numbers = [_inv_q(n, inv_q, accept, rule), n_entered + accept, n_rejected + reject, n]
     numbers.append(entered(new_largest_var, largest_var))
-    if spread:
+    if spread and rule.held:
+        numbers.append(spread[0])
+    elif spread:
         # Of N p rows that share a batch, those of one example are alike: as sqrt(p) examples.
         of_batch = 1.0 / (size * math.sqrt(rule.positions))
         numbers.append(entered(weights.old**2 * spread[0] + weights.new**2 * of_batch, spread[0]))

@@ -1,0 +1,39 @@
+"""Layers whose statistics are known once and for all, so that P is held in them."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from bnp_optax._tree import quoted
+from bnp_optax.statistics import Layer, LayerStats
+
+# In float32 an input whose variance is a smaller part of its squared mean is constant.
+_CONSTANT = 1e-12
+
+
+def held_statistics(stats: LayerStats) -> LayerStats:
+    """Statistics in which constant inputs vary by their size, whatever their units."""
+    square = stats.mean**2
+    size = jnp.where(square > 0.0, square, 1.0)
+    varies = stats.total_variance > _CONSTANT * square
+    if stats.layer.bias is None:
+        # What divides there is the root of the mean square.
+        varies = varies | (square > 0.0)
+    return dataclasses.replace(stats, var=jnp.where(varies, stats.var, size))
+
+
+def check_fixed(fixed: Mapping[str, LayerStats], found: Mapping[str, Layer]) -> None:
+    """Raise unless the layers that a preconditioner has are those of fixed statistics."""
+    for name, stats in fixed.items():
+        shape = found[name].kernel_shape if name in found else None
+        if shape != stats.layer.kernel_shape:
+            has = (
+                f"has it with shape {shape}" if shape else f"has no such layer, but {quoted(found)}"
+            )
+            msg = (
+                f"`fixed` has `{name}` of shape {stats.layer.kernel_shape}, and `bnp` {has}. Take "
+                "the statistics from this loss and these parameters, and pass "
+                "`layers=find_layers(...)` where kernels are not named `kernel`."
+            )
+            raise ValueError(msg)
