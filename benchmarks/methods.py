@@ -47,6 +47,8 @@ class Method:
       start: The learning rate at which the search for the best begins: the customary one.
       embeddings: Whether tables that rows are looked up in count as layers.
       second_moments: Whether `update` takes the second moments of inputs too.
+      from_z: Whether initial values are those of z, and the input layers' statistics are held:
+        `make` then takes them as `fixed`.
     """
 
     label: str
@@ -58,6 +60,7 @@ class Method:
     start: float = 1e-1
     embeddings: bool = False
     second_moments: bool = False
+    from_z: bool = False
 
 
 def is_kernel(params: Any) -> Any:
@@ -132,7 +135,7 @@ def _whiten_muon(rate: Any, layers: Layers | None) -> optax.GradientTransformati
 
 
 def _ready(make: Make) -> Make:
-    return lambda rate, layers: make(rate, layers=layers)
+    return lambda rate, layers, **options: make(rate, layers=layers, **options)
 
 
 def _ready_adamw(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
@@ -166,6 +169,15 @@ METHODS: dict[str, Method] = {
     "ready_sgd": Method("bnp_sgd", "none", _ready(bnp_optax.bnp_sgd), True, _VERMILION, "-", SGD),
     "ready_adam": Method("bnp_adam", "none", _ready(bnp_optax.bnp_adam), True, _BLUE, "-", ADAM),
     "ready_adamw": Method("bnp_adamw", "none", _ready_adamw, True, _BLUE, "--", ADAMW),
+    # the same from initial values of z,
+    "from_z_sgd": Method(
+        *("bnp_sgd from z", "none", _ready(bnp_optax.bnp_sgd), True, _VERMILION, "-.", SGD),
+        from_z=True,
+    ),
+    "from_z_adam": Method(
+        *("bnp_adam from z", "none", _ready(bnp_optax.bnp_adam), True, _BLUE, "-.", ADAM),
+        from_z=True,
+    ),
     # and the paper's statistics.
     "bnp_sgd": Method("BNP + SGD", "none", _after_bnp(), True, _VERMILION, "-"),
     "bnp_momentum": Method("BNP + momentum", "none", _momentum_after_bnp, True, _PURPLE, "-", 1e-2),

@@ -87,9 +87,14 @@ def make_step(
     method: Method,
     layers: Layers | None,
     losses: Losses = optax.softmax_cross_entropy_with_integer_labels,
+    fixed: Any = None,
 ) -> Callable[[Any, Carry, Array, Array], tuple[Carry, Array]]:
-    """`step(rate, carry, x, y) -> (new carry, loss of the batch)`; `rate` may be traced."""
+    """`step(rate, carry, x, y) -> (new carry, loss of the batch)`; `rate` may be traced.
+
+    `fixed` are the statistics that a training from z holds.
+    """
     loss_fn = make_loss(model, losses)
+    options = {} if fixed is None else {"fixed": fixed}
 
     def gradient(*args: Any) -> tuple[Any, Any, dict[str, Any]]:
         if method.needs_stats:
@@ -99,6 +104,7 @@ def make_step(
                 layers=layers,
                 embeddings=method.embeddings,
                 second_moments=method.second_moments,
+                **options,
             )
             value, grads, stats = with_stats(*args)
             return value, grads, {"layer_stats": stats}
@@ -107,7 +113,7 @@ def make_step(
     def step(rate: Any, carry: Carry, x: Array, y: Array) -> tuple[Carry, Array]:
         params, model_state, opt_state = carry
         (loss, model_state), grads, extra = gradient(params, model_state, x, y)
-        tx = optax.with_extra_args_support(method.make(rate, layers))
+        tx = optax.with_extra_args_support(method.make(rate, layers, **options))
         updates, opt_state = tx.update(grads, opt_state, params, **extra)
         return Carry(optax.apply_updates(params, updates), model_state, opt_state), loss
 

@@ -12,6 +12,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
+import bnp_optax
 from benchmarks.data import Split
 from benchmarks.methods import Method
 from benchmarks.problems.base import Data, Problem
@@ -21,10 +22,13 @@ from benchmarks.train import (
     find_layers,
     init_carry,
     init_variables,
+    make_loss,
     make_step,
 )
 
 _EVALUATION_CHUNK = 500
+# Examples that statistics are taken of where training starts in z.
+_N_START = 2000
 
 # Of each example, by task.
 LOSSES = {
@@ -69,12 +73,13 @@ class Trainer:
         decay = {"decay": problem.decay[name]} if name in problem.decay else {}
         schedule = problem.schedule
 
-        def make(rate: Any, layers: Any) -> optax.GradientTransformation:
+        def make(rate: Any, layers: Any, **options: Any) -> optax.GradientTransformation:
             course = rate if schedule is None else schedule(rate, problem.steps)
-            return method.make(course, layers, **decay)
+            return method.make(course, layers, **decay, **options)
 
         self._method = dataclasses.replace(method, make=make)
         self._layers: Any = None
+        self._fixed: Any = None
         self._compiled: dict[str, Any] = {}
 
     def __call__(self, rate: float, seed: int, split: Split) -> Curves:
@@ -83,6 +88,8 @@ class Trainer:
         x, y = jnp.asarray(train.x), jnp.asarray(train.y)
         args = (x[: problem.batch_size], y[: problem.batch_size], jnp.uint32(seed))
         carry = self._compile("start", self._start, args)(*args)
+        if self._method.from_z:
+            carry = self._from_z(carry, x[:_N_START], y[:_N_START])
         indices = jnp.asarray(
             batch_indices(len(train), problem.batch_size, problem.steps, problem.points, seed)
         )
@@ -118,11 +125,22 @@ class Trainer:
         self._layers = find_layers(self._model, self._method, variables, x, y, self._losses)
         return init_carry(self._method, self._layers, variables)
 
+    def _from_z(self, carry: Carry, x: Array, y: Array) -> Carry:
+        """The start of a run whose initial values are those of z."""
+        loss_fn = make_loss(self._model, self._losses)
+
+        def loss_of(params: Any, x: Array, y: Array) -> Array:
+            return loss_fn(params, carry.model_state, x, y)[0]
+
+        params, self._fixed = bnp_optax.start_in_zspace(loss_of, carry.params, [(x, y)])
+        tx = self._method.make(1.0, self._layers, fixed=self._fixed)
+        return Carry(params, carry.model_state, tx.init(params))
+
     def _segment(
         self, rate: Array, carry: Carry, indices: Array, first: Array, key: Array, x: Any, y: Any
     ) -> tuple[Carry, Array]:
         """The steps up to the next point; the mean of their losses."""
-        step = make_step(self._model, self._method, self._layers, self._losses)
+        step = make_step(self._model, self._method, self._layers, self._losses, self._fixed)
 
         def one(carry: Carry, at: tuple[Array, Array]) -> tuple[Carry, Array]:
             index, number = at
