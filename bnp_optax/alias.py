@@ -22,6 +22,7 @@ ADAM_OPTIONS: BNPOptions = {
     "eps_abs": 1e-8,
     "shrinkage": 10.0,
     "scale_bias": True,
+    "scale_others": True,
 }
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from bnp_optax._tree import named_leaves, quoted
 from bnp_optax.diagnostics.conditioning import conditioning
@@ -81,7 +81,7 @@ def metrics(
                 continue
             inv_q, n_entered, n_rejected = numbers[:3]
             result[f"q/{name}"] = 1.0 / inv_q
-            gain = _gain(found[name])
+            gain = found[name].gain
             result[f"gain/{name}"] = gain
             gains.append(gain)
             never_seen = never_seen + (n_entered == 0)
@@ -96,10 +96,6 @@ def metrics(
         "kappa_max": jnp.max(jnp.stack([*kappas.values(), jnp.ones(())])),
         "gain_spread": jnp.max(gain_of_each) / jnp.min(gain_of_each),
     }
-
-
-def _gain(scaling: Scaling) -> Float[Array, ""]:
-    return scaling.inv_q * jnp.sqrt(jnp.mean(scaling.diagonal**2))
 
 
 def _norms(name: str, updates: dict[str, Any], scaling: Scaling) -> dict[str, Array]:

@@ -42,6 +42,7 @@ def bnp(
     variance: Variance = "auto",
     shrinkage: ArrayLike | None = None,
     scale_bias: bool = False,
+    scale_others: bool = False,
     batch_size: ArrayLike | None = None,
     max_ratio: ArrayLike | None = 1e4,
     layers: Layers | None = None,
@@ -65,7 +66,7 @@ def bnp(
     a short batch at the end of an epoch does not shrink the step. The units of a layer share P but
     in a grouped convolution, where each group has its own. A layer without a bias cannot be
     centered: there sigma^2 is the mean square of the inputs, so that D divides by the column norms.
-    Parameters that are no layer's kernel or bias are left as they are.
+    Parameters that are no layer's kernel or bias are left as they are, but with `scale_others`.
 
     With `shrinkage` = k the running statistics are those of the data from the first batch on, and
     count for as much as they have seen. For the batch after t others, and with p positions,
@@ -103,6 +104,10 @@ def bnp(
         the unit's inputs. With the usual initial values, a unit's mean response to raw inputs is
         about beta off: an optimizer whose steps are of one size, such as Adam, then has about
         unit distance to go in z. With a plain gradient step, which grows with beta^2, it diverges.
+      scale_others: Whether parameters that are no layer's kernel or bias, such as embeddings and
+        scales of a normalization, are multiplied in P by the geometric mean of the layers' gains
+        (of 1 / (sigma~ q) at its root mean square), so that one learning rate suits both; bounded
+        to 1/10 to 10, since the layers' gains have the units of the data too.
       batch_size: N in q, where the statistics do not know it, such as those of one shard. None
         takes the largest that they had so far: after a change to smaller batches for good, give
         theirs.
@@ -246,7 +251,9 @@ def bnp(
                 new.inputs[name] = jnp.where(seen, bits, old.inputs.get(name, bits))
         return BNPState._make([*map(replace_leaves, state[:-1], new[:-1]), new.eps])
 
-    return Preconditioner(init, update, lambda state: BNPOperator(state, layers, scale_bias))
+    return Preconditioner(
+        init, update, lambda state: BNPOperator(state, layers, scale_bias, scale_others)
+    )
 
 
 def _at(tree: Any, arrays: dict[str, Array]) -> Any:

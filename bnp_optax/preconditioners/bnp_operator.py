@@ -14,6 +14,9 @@ from bnp_optax.preconditioners import centering
 from bnp_optax.preconditioners.base import Operator
 from bnp_optax.preconditioners.layout import layers_of
 
+# The units of the data, which the layers' gains make up for, are not those of other parameters.
+_MAX_GAIN = 10.0
+
 
 class BNPState(NamedTuple):
     """State of `bnp`: running statistics and a few numbers at each kernel.
@@ -64,6 +67,11 @@ class Scaling(NamedTuple):
     inputs: Float[Array, ""] | None
     held: Bool[Array, ""]
     mean_square: Float[Array, ""] | None = None
+
+    @property
+    def gain(self) -> Float[Array, ""]:
+        """Root mean square of the kernel's entries of P."""
+        return self.inv_q * jnp.sqrt(jnp.mean(self.diagonal**2))
 
 
 def scalings(state: BNPState) -> dict[str, Scaling]:
@@ -154,12 +162,19 @@ def over_inputs(reduce: Callable[..., Array], x: Array, inputs: Float[Array, ""]
 
 
 class BNPOperator(Operator):
-    """P = U D / q in every layer, the identity elsewhere."""
+    """P = U D / q in every layer; elsewhere the identity, or the layers' mean gain."""
 
-    def __init__(self, state: BNPState, layers: Layers | None, scale_bias: bool = False) -> None:
+    def __init__(
+        self,
+        state: BNPState,
+        layers: Layers | None,
+        scale_bias: bool = False,
+        scale_others: bool = False,
+    ) -> None:
         self._scalings = scalings(state)
         self._layers = layers
         self._scale_bias = scale_bias
+        self._scale_others = scale_others
 
     def mv(self, z: Any) -> Any:
         """P z."""
@@ -199,7 +214,25 @@ class BNPOperator(Operator):
                 restored = layer.restore_bias(b, bias.shape).astype(bias.dtype)
                 new[layer.bias] = fitted(restored, bias)
             new[name] = w.astype(leaves[name].dtype)
+        if self._scale_others:
+            new |= self._others(function, {n: x for n, x in leaves.items() if n not in new})
         return replace_leaves(tree, new)
+
+    def _others(
+        self, function: Callable[..., tuple[Array, Any]], leaves: dict[str, Any]
+    ) -> dict[str, Array]:
+        """Parameters of no layer, as kernels whose inputs are not centered and have one scale."""
+        leaves = {n: x for n, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        if not leaves or not self._scalings:
+            return {}
+        gains = jnp.stack([scaling.gain for scaling in self._scalings.values()])
+        gain = jnp.clip(jnp.exp(jnp.mean(jnp.log(gains))), 1.0 / _MAX_GAIN, _MAX_GAIN)
+
+        def scaled(leaf: Array) -> Array:
+            dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+            return function(leaf.astype(dtype), None, None, gain, gain)[0].astype(leaf.dtype)
+
+        return {name: scaled(leaf) for name, leaf in leaves.items()}
 
     def _scaling_of(self, name: str, kernel: Array) -> Scaling:
         scaling = self._scalings.get(name)

@@ -24,6 +24,7 @@ class BNPOptions(TypedDict, total=False):
     variance: Variance
     shrinkage: ArrayLike | None
     scale_bias: bool
+    scale_others: bool
     batch_size: ArrayLike | None
     max_ratio: ArrayLike | None
     layers: Layers | None
