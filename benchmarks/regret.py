@@ -67,6 +67,7 @@ def section(compared: Sequence[Contest]) -> list[str]:
 
 def _regrets(compared: Sequence[Contest], held_out: bool) -> list[str]:
     names = [name for ready, (old, _) in REPLACES.items() for name in (old, ready)]
+    names += [name for name, method in METHODS.items() if method.from_z]
     rows, columns = [], {name: [] for name in names}
     for contest in compared:
         problem = contest.problem["name"]

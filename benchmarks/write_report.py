@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import cells, regret
+from benchmarks import cells, regret, units
 from benchmarks.claims import Claim, claims
 from benchmarks.curves import GROUPS, group_of, place, save_figures
 from benchmarks.summary import Contest, contests
@@ -42,6 +42,7 @@ def report(results: Path, output: Path) -> str:
         if replicates := any(claim.verdict != "no data" for claim in checked):
             parts += ["## The paper's claims", _claims(checked)]
         parts += regret.section(compared)
+        parts += units.section(compared)
         parts += _sections(compared, figures)
         if replicates:
             parts += ["## Learning rates beside the paper's Tables 2 and 3", rates(compared)]

@@ -37,7 +37,8 @@ def test_methods_of_problems():
     assert "kfac" not in SMALL["fc-cifar10-b60-raw"].methods
     assert {"batchrenorm", "four_things"} <= set(SMALL["fc-cifar10-b1-standardized"].methods)
     assert "bnp_gn" in SMALL["cnn-cifar10-b2-raw"].methods
-    assert SMALL["drift-digits"].methods == SMALL["tabular-raw"].methods == lineups.CORE
+    assert SMALL["drift-digits"].methods == lineups.CORE
+    assert SMALL["tabular-raw"].methods == (*lineups.CORE, *lineups.FROM_Z)
     assert SMALL["text-transformer"].methods == lineups.TRANSFORMER
     assert SMALL["resnet110-cifar10"].decay["bnp_gn_momentum"] == 1.5e-4
     assert SMALL["resnet110-cifar100"].decay["bnp_gn_momentum"] == 2e-4

@@ -180,7 +180,7 @@ def fully_connected(
         batch_size=batch_size,
         steps=steps,
         points=points,
-        methods=methods,
+        methods=(*methods, *lineups.FROM_Z),
         source=figures.get((name, batch_size)),
     )
 
@@ -208,7 +208,10 @@ def convolutional(name: Name, batch_size: int, inputs: Inputs, scale: Scale) -> 
         batch_size=batch_size,
         steps=steps,
         points=points,
-        methods=lineups.CONVOLUTIONAL if name == "cifar10" else lineups.HELD_OUT,
+        methods=(
+            *(lineups.CONVOLUTIONAL if name == "cifar10" else lineups.HELD_OUT),
+            *lineups.FROM_Z,
+        ),
         source=figures.get((name, batch_size)),
     )
 

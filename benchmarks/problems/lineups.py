@@ -1,5 +1,8 @@
 """Which methods are compared on which problems."""
 
+# Where the same data come with raw and with standardized inputs.
+FROM_Z = ("from_z_sgd", "from_z_adam")
+
 CORE = (
     "sgd",
     "momentum",

@@ -176,7 +176,10 @@ def table(name: Name, inputs: Inputs, scale: Scale) -> Problem:
         batch_size=batch_size,
         steps=STEPS[scale],
         points=POINTS,
-        methods=lineups.CORE if name in ("tabular", "friedman") else lineups.HELD_OUT,
+        methods=(
+            *(lineups.CORE if name in ("tabular", "friedman") else lineups.HELD_OUT),
+            *lineups.FROM_Z,
+        ),
         task=task(name),
     )
 
