@@ -1,6 +1,7 @@
 """What of the preconditioner to log beside the loss."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -8,7 +9,14 @@ from jaxtyping import Array
 from bnp_optax._tree import named_leaves, quoted
 from bnp_optax.diagnostics.conditioning import conditioning
 from bnp_optax.layers import Layers
-from bnp_optax.preconditioners.bnp_operator import Scaling, bnp_states, scalings
+from bnp_optax.preconditioners.bnp_operator import bnp_states, scalings
+from bnp_optax.preconditioners.layout import layers_of
+from bnp_optax.preconditioners.whiten_operator import (
+    Root,
+    WhitenOperator,
+    roots,
+    whiten_states,
+)
 
 
 def metrics(
@@ -31,8 +39,12 @@ def metrics(
     * `update_norm/<kernel>`, `update_norm_in_z/<kernel>`: Euclidean norms of the kernel's update in
       p, and of what it is in z; only with `updates`.
 
+    Of `whiten` D is diag(1, S), with no q; its norms in z are of kernels named `kernel`, or in
+    `layers`, of which it is known what axes they sum over.
+
     Args:
-      opt_state: The state of an optimizer, in which every `BNPState` is found, or a `TrainState`.
+      opt_state: The state of an optimizer, in which every `BNPState` and `WhitenState` is found, or
+        a `TrainState`.
       layers: The layers to tell of, from `find_layers`; None for all.
       updates: What `update` returned with this state, or None.
 
@@ -40,7 +52,7 @@ def metrics(
       A flat dict of scalars. It may be called under `jax.jit`.
 
     Raises:
-      ValueError: If there is no `BNPState`, or `layers` has a kernel that it has not, or `updates`
+      ValueError: If there is neither, or `layers` has a kernel that it has not, or `updates`
         lacks a kernel.
 
     Example:
@@ -74,20 +86,17 @@ def metrics(
     moved = None if updates is None else named_leaves(updates)
     never_seen = rejected = jnp.zeros((), jnp.int32)
     gains, result = [], {}
-    for state in bnp_states(opt_state):
-        found = scalings(state)
-        for name, numbers in named_leaves(state.numbers).items():
-            if name not in kappas:
-                continue
-            inv_q, n_entered, n_rejected = numbers[:3]
-            result[f"q/{name}"] = 1.0 / inv_q
-            gain = found[name].gain
-            result[f"gain/{name}"] = gain
-            gains.append(gain)
-            never_seen = never_seen + (n_entered == 0)
-            rejected = rejected + n_rejected.astype(jnp.int32)
-            if moved is not None:
-                result |= _norms(name, moved, found[name])
+    for name, of in _layers_of(opt_state, layers, updates):
+        if name not in kappas:
+            continue
+        result[f"gain/{name}"] = of.gain
+        gains.append(of.gain)
+        if of.inv_q is not None:
+            result[f"q/{name}"] = 1.0 / of.inv_q
+        never_seen = never_seen + (of.entered == 0)
+        rejected = rejected + of.rejected.astype(jnp.int32)
+        if moved is not None:
+            result |= _norms(name, moved, of.in_z)
     result |= {f"kappa/{name}": kappa for name, kappa in kappas.items()}
     gain_of_each = jnp.stack([*gains, *([] if gains else [jnp.ones(())])])
     return result | {
@@ -98,16 +107,53 @@ def metrics(
     }
 
 
-def _norms(name: str, updates: dict[str, Any], scaling: Scaling) -> dict[str, Array]:
+class _OfLayer(NamedTuple):
+    """What a state says of one layer; `in_z` is the kernel's update there, where it is known."""
+
+    gain: Array
+    inv_q: Array | None
+    entered: Array
+    rejected: Array
+    in_z: Array | None
+
+
+def _layers_of(
+    opt_state: Any, layers: Layers | None, updates: Any
+) -> Iterator[tuple[str, _OfLayer]]:
+    named = {} if updates is None else named_leaves(updates)
+    for state in bnp_states(opt_state):
+        found = scalings(state)
+        for name, (inv_q, entered, rejected, *_) in named_leaves(state.numbers).items():
+            entries = found[name].diagonal * inv_q
+            in_z = named[name] / entries if name in named else None
+            yield name, _OfLayer(found[name].gain, inv_q, entered, rejected, in_z)
+    for state in whiten_states(opt_state):
+        found = roots(state)
+        in_z = _whitened(found, layers, updates)
+        for name, (_, entered, rejected) in named_leaves(state.numbers).items():
+            yield name, _OfLayer(found[name].gain, None, entered, rejected, in_z.get(name))
+
+
+def _whitened(found: dict[str, Root], layers: Layers | None, updates: Any) -> dict[str, Array]:
+    """S^-1 of the updates of those kernels that it is known of which axes they sum over."""
+    if updates is None:
+        return {}
+    known = layers_of(updates, layers)
+    here = {name: layer for name, layer in known.items() if name in found}
+    solved = named_leaves(WhitenOperator(found, here).solve(updates))
+    return {name: solved[name] for name in here}
+
+
+def _norms(name: str, updates: dict[str, Any], in_z: Array | None) -> dict[str, Array]:
     if name not in updates:
         msg = (
             f"`updates` has no `{name}`, but {quoted(updates)}. Pass what `update` returned with "
             "this state."
         )
         raise ValueError(msg)
-    update = jnp.asarray(updates[name], jnp.float32)
-    in_z = update / (scaling.diagonal * scaling.inv_q)
+    norms = {"update_norm": updates[name], "update_norm_in_z": in_z}
     return {
-        f"update_norm/{name}": jnp.linalg.norm(update.ravel()),
-        f"update_norm_in_z/{name}": jnp.linalg.norm(in_z.ravel()),
+        f"{key}/{name}": jnp.linalg.norm(jnp.asarray(x, jnp.float32).ravel())
+        for key, x in norms.items()
+        if x is not None
     }

@@ -7,6 +7,7 @@ from bnp_optax.diagnostics.convergence import (
     optimal_learning_rate,
 )
 from bnp_optax.diagnostics.hessian import unit_hessian
+from bnp_optax.diagnostics.inputs import InputConditioning, extended_second_moment
 from bnp_optax.diagnostics.lanczos import HessianExtremes, hessian_extremes
 from bnp_optax.diagnostics.least_squares import (
     LeastSquares,
@@ -21,6 +22,7 @@ from bnp_optax.diagnostics.report import LayerReport, Report, report
 
 __all__ = [
     "HessianExtremes",
+    "InputConditioning",
     "LayerReport",
     "LeastSquares",
     "Report",
@@ -32,6 +34,7 @@ __all__ = [
     "conditioning",
     "convergence_factor",
     "extended_inputs",
+    "extended_second_moment",
     "gd",
     "hessian_extremes",
     "least_squares",

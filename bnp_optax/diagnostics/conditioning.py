@@ -12,6 +12,7 @@ from bnp_optax._tree import quoted
 from bnp_optax.diagnostics.checks import check_matrix, is_concrete
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners.bnp_operator import Scaling, bnp_states, over_inputs, scalings
+from bnp_optax.preconditioners.whiten_operator import roots, whiten_states
 
 
 def condition_number(matrix: ArrayLike, *, symmetric: bool = False) -> float | Float[Array, ""]:
@@ -99,9 +100,11 @@ def extended_inputs(h: ArrayLike) -> Float[Array, "*batch n+1"]:
 
 
 def conditioning(state: Any, layers: Layers | None = None) -> dict[str, Float[Array, ""]]:
-    r"""kappa(D) of every layer that `bnp` preconditions, from its running statistics.
+    r"""kappa(D) of every layer that `bnp` or `whiten` preconditions, from its running statistics.
 
         D = diag(1, 1/sigma~),   kappa(D) = max D / min D
+
+    of `bnp`, and of `whiten` D = diag(1, S) with S = (C + lambda I)^(-exponent).
 
     Scaling by D can improve the condition number of a unit's Hessian by as much as kappa(D)^2.
     It costs O(n) for a layer of n inputs and no Hessian: cheap enough for every step, also under
@@ -113,8 +116,8 @@ def conditioning(state: Any, layers: Layers | None = None) -> dict[str, Float[Ar
     has D = diag(1/sigma~), with sigma~ from the mean square of the inputs.
 
     Args:
-      state: A `BNPState`, or anything that contains one: a whole optimizer state, of `chain`,
-        `in_zspace`, `masked`, `partition` and so on, or a `TrainState`.
+      state: A `BNPState` or a `WhitenState`, or anything that contains one: a whole optimizer
+        state, of `chain`, `in_zspace`, `masked`, `partition` and so on, or a `TrainState`.
       layers: The layers to tell of, from `find_layers`; None for all.
 
     Returns:
@@ -123,7 +126,7 @@ def conditioning(state: Any, layers: Layers | None = None) -> dict[str, Float[Ar
       given. 1 before the first statistics.
 
     Raises:
-      ValueError: If there is no `BNPState` in `state`, or `layers` has a kernel that it has not.
+      ValueError: If there is neither in `state`, or `layers` has a kernel that it has not.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -141,19 +144,20 @@ def conditioning(state: Any, layers: Layers | None = None) -> dict[str, Float[Ar
 
     Source: Lange, Helfrich, Ye, JMLR 2022, Section 3.3, after Theorem 4, and Figure 8.
     """
-    found = bnp_states(state)
-    if not found:
+    bnp, whiten = bnp_states(state), whiten_states(state)
+    if not bnp and not whiten:
         msg = (
-            f"`state` holds no `BNPState`, got a `{type(state).__name__}`. Pass the state of "
-            "`bnp` or of an optimizer that contains it, such as `bnp_sgd`."
+            f"`state` holds no `BNPState`, got a `{type(state).__name__}`, nor a `WhitenState`. "
+            "Pass the state of `bnp` or `whiten`, or of an optimizer that contains one, such as "
+            "`bnp_sgd`."
         )
         raise ValueError(msg)
+    kappas = [(name, _kappa(one)) for of in bnp for name, one in scalings(of).items()]
+    kappas += [(name, one.kappa) for of in whiten for name, one in roots(of).items()]
     result: dict[str, Array] = {}
-    for bnp_state in found:
-        for name, one in scalings(bnp_state).items():
-            if layers is None or name in layers:
-                kappa = _kappa(one)
-                result[name] = jnp.maximum(kappa, result[name]) if name in result else kappa
+    for name, kappa in kappas:
+        if layers is None or name in layers:
+            result[name] = jnp.maximum(kappa, result[name]) if name in result else kappa
     missing = [name for name in layers or () if name not in result]
     if missing:
         msg = f"`layers` has {quoted(missing)}, of which `state` holds no running statistics."

@@ -121,6 +121,12 @@ class Unit(NamedTuple):
     has_bias: bool
     embed: Callable[[Array, Any], Any]
 
+    def extract(self, tree: Any, unit: Any) -> Array:
+        """[b, w] of a unit in a tree of float32 at least."""
+        zero = jnp.zeros(self.size, jnp.result_type(*jax.tree.leaves(tree)))
+        (v,) = jax.linear_transpose(lambda v: self.embed(v, unit), zero)(tree)
+        return v
+
 
 def unit_coordinates(params: Any, layer: Layer) -> Unit:
     """Coordinates [b, w] of the units of a layer; w is in the order of the kernel's axes."""

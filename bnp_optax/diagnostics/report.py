@@ -12,16 +12,20 @@ from bnp_optax.diagnostics.checks import operator_of
 from bnp_optax.diagnostics.conditioning import condition_number, conditioning
 from bnp_optax.diagnostics.displacement import find_layers, unit_coordinates
 from bnp_optax.diagnostics.hessian import hessians_of_units
+from bnp_optax.diagnostics.inputs import InputConditioning, input_conditioning
 from bnp_optax.diagnostics.lanczos import extremes
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners.base import Operator, Preconditioner
 from bnp_optax.preconditioners.bnp_operator import bnp_states
+from bnp_optax.preconditioners.whiten_operator import whiten_states
 from bnp_optax.statistics import Layer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _HEADER = ("kernel", "fan-in", "units", "κ(H)", "κ(PᵀHP)", "κ(D)", "share of H", "of PᵀHP")
+_OF_INPUTS = ("κ(M)", "κ(PᵀMP)")
+_COUNTED = ("seen", "rejected")
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
 
 
@@ -38,8 +42,11 @@ class LayerReport(NamedTuple):
       kappa_d: kappa(D) from the running statistics; NaN without them.
       curvature: Largest |eigenvalue| of the layer's diagonal block of H.
       curvature_preconditioned: The same of P^T H P; NaN without P.
-      seen: Number of batches in the running statistics; None without a `BNPState`.
+      seen: Number of batches in the running statistics, inf where they are `fixed`; None without
+        the state of `bnp` or `whiten`.
       rejected: Number of batches that did not enter them, being not finite; None likewise.
+      inputs: Condition numbers of the second moment M = E[h^ h^^T] of the extended inputs, before
+        and after P; None if they were not asked for, or the layer has several P.
     """
 
     kernel: str
@@ -51,8 +58,9 @@ class LayerReport(NamedTuple):
     kappa_d: float
     curvature: float
     curvature_preconditioned: float
-    seen: int | None = None
+    seen: float | None = None
     rejected: int | None = None
+    inputs: InputConditioning | None = None
 
 
 class Report(NamedTuple):
@@ -91,14 +99,29 @@ class Report(NamedTuple):
                     *(_number(kappa, ".3g") for kappa in kappas),
                     _number(share, ".1%"),
                     _number(share_preconditioned, ".1%"),
+                    *self._of_inputs(layer),
                     *_counts(layer),
                 )
             )
         return rows
 
+    @property
+    def _has_inputs(self) -> bool:
+        return any(layer.inputs is not None for layer in self.layers)
+
+    def _of_inputs(self, layer: LayerReport) -> tuple[str, ...]:
+        if not self._has_inputs:
+            return ()
+        kappas = layer.inputs or (float("nan"), float("nan"))
+        return tuple(_number(kappa, ".3g") for kappa in kappas)
+
     def _header(self) -> tuple[str, ...]:
         counted = any(_counts(layer) for layer in self.layers)
-        return (*_HEADER, "seen", "rejected") if counted else _HEADER
+        return (
+            *_HEADER,
+            *(_OF_INPUTS if self._has_inputs else ()),
+            *(_COUNTED if counted else ()),
+        )
 
     def __str__(self) -> str:
         """A table with a row for each layer."""
@@ -173,7 +196,7 @@ def _bars(axis: Any, columns: Sequence[tuple[str, str, list[float]]]) -> None:
 
 
 def _counts(layer: LayerReport) -> tuple[str, ...]:
-    return () if layer.seen is None else (str(layer.seen), str(layer.rejected))
+    return () if layer.seen is None else (f"{layer.seen:.0f}", str(layer.rejected))
 
 
 def _number(value: float, form: str) -> str:
@@ -195,6 +218,7 @@ def report(
     max_units: int = 4,
     max_fan_in: int = 1024,
     num_lanczos: int = 30,
+    inputs: bool = False,
 ) -> Report:
     """The conditioning of every layer: condition numbers and shares of the curvature.
 
@@ -209,13 +233,16 @@ def report(
       params: Parameters; their leaves named `kernel` with two or more axes are the layers.
       *args: Further arguments of the loss.
       preconditioner: Such as `bnp()`, or P itself, an `Operator`; None leaves out its columns.
-      state: State of the preconditioner. If it contains a `BNPState`, kappa(D) and the numbers of
-        batches are read from it.
+      state: State of the preconditioner. If it contains a `BNPState` or a `WhitenState`, kappa(D)
+        and the numbers of batches are read from it.
       layers: As for `unit_hessian`.
       max_units: Units of a layer to take, >= 1.
       max_fan_in: Layers with more weights a unit get no condition number of H: it takes
         n + 1 Hessian-vector products and (n + 1)^3 operations.
       num_lanczos: Products for the curvature of each block.
+      inputs: Whether to add the condition number of the second moment M = E[h^ h^^T] of each
+        layer's extended inputs, and of P^T M P: what P can do something about, where H also has the
+        loss's part. It captures second moments of the layers of at most `max_fan_in`.
 
     Raises:
       ValueError: If there is no layer, a Hessian is not finite, or of `preconditioner` and
@@ -241,14 +268,16 @@ def report(
         msg = f"`max_units` must be at least 1, got {max_units}."
         raise ValueError(msg)
     found = find_layers(params, layers)
-    states = bnp_states(state)
+    states = [*bnp_states(state), *whiten_states(state)]
     kappas_d = conditioning(state) if states else {}
     counted = {
-        name: (int(numbers[1]), int(numbers[2]))
+        name: (float(numbers[1]), int(numbers[2]))
         for one in states
         for name, numbers in named_leaves(one.numbers).items()
     }
     choices = [None] if P is None else [None, P]
+    small = {name: layer for name, layer in found.items() if layer.fan_in <= max_fan_in}
+    of_inputs = input_conditioning(loss_fn, params, args, small, layers, P) if inputs else {}
 
     def row(layer: Layer) -> LayerReport:
         unit = unit_coordinates(params, layer)
@@ -281,6 +310,7 @@ def report(
             curvature_preconditioned=curvatures[1],
             seen=seen,
             rejected=rejected,
+            inputs=of_inputs.get(layer.kernel),
         )
 
     return Report(tuple(map(row, found.values())))

@@ -89,6 +89,25 @@ class Root(NamedTuple):
         """Whether V is not all of the eigenvectors."""
         return self.spectrum.shape[-1] > self.vectors.shape[-1]
 
+    @property
+    def gain(self) -> Float[Array, ""]:
+        """Root mean square of the singular values of S, over all blocks."""
+        squares = self.spectrum ** (-2.0 * self.exponent)
+        n, k = self.vectors.shape[-2:]
+        if self.is_wide:
+            squares = squares.at[..., -1].multiply(n - k)
+        return jnp.sqrt(jnp.mean(jnp.sum(squares, axis=-1) / n))
+
+    @property
+    def kappa(self) -> Float[Array, ""]:
+        """Condition number of diag(1, S), or of S without a bias; the largest of the blocks'."""
+        n, k = self.vectors.shape[-2:]
+        # Where V is square, there is no complement.
+        sizes = (self.spectrum if n > k else self.spectrum[..., :k]) ** -self.exponent
+        if self.mean is not None:
+            sizes = jnp.concatenate([sizes, jnp.ones_like(sizes[..., :1])], axis=-1)
+        return jnp.max(jnp.max(sizes, axis=-1) / jnp.min(sizes, axis=-1))
+
 
 def roots(state: WhitenState) -> dict[str, Root]:
     """S of each layer, by the name of its kernel."""
