@@ -44,8 +44,8 @@ class Table:
       results: Where the numbers go.
     """
 
-    tasks: int = 60
-    seeds: int = 3
+    tasks: int = 40
+    seeds: int = 2
     data_dir: Path | None = None
     results: Path = Path("results/applications/plasticity.json")
 

@@ -45,7 +45,7 @@ def _one(
 ) -> dict[str, Any]:
     sign = 1.0 if application.higher_is_better else -1.0
     tuned: dict[float, float] = {}
-    choosing = range(TUNING_SEED, _TUNING_SEED + tuning_seeds)
+    choosing = range(TUNING_SEED, TUNING_SEED + tuning_seeds)
     while (rate := next_rate(tuned, RATES, contestant.start)) is not None:
         curves = application.train(contestant.name, rate, choosing, steps)
         median = sign * float(np.median(application.judged(np.asarray(curves, float))))
