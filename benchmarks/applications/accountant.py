@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import gammaln, logsumexp
+from scipy.special import gammaln
 
 ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 384, 512)
 
@@ -27,7 +27,8 @@ def subsampled_gaussian(rate: float, noise: float, order: int) -> float:
     k = np.arange(order + 1)
     chosen = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
     drawn = (order - k) * math.log1p(-rate) + k * math.log(rate)
-    return float(logsumexp(chosen + drawn + k * (k - 1) / (2.0 * noise**2))) / (order - 1)
+    terms = chosen + drawn + k * (k - 1) / (2.0 * noise**2)
+    return float(np.logaddexp.reduce(terms)) / (order - 1)
 
 
 def epsilon(divergences: Sequence[float], delta: float) -> float:

@@ -81,8 +81,9 @@ def effective_rank(features: Float[Array, "n units"]) -> Float[Array, ""]:
 
 def numbers(learner: Learner, rate: Any, params: Any, state: Any, x: Array) -> dict[str, Array]:
     """What is measured at the end of a task; weights, gain and step are of the second layer."""
-    logits, hidden = Network(learner.layer_norm).apply({"params": params}, x)
-    on = [jnp.mean(units > 0, axis=0) for units in hidden]  # type: ignore[union-attr]
+    given: Any = Network(learner.layer_norm).apply({"params": params}, x)
+    logits, hidden = given
+    on = [jnp.mean(units > 0, axis=0) for units in hidden]
     size = jnp.sqrt(jnp.mean(params["Dense_1"]["kernel"] ** 2))
     size_in_z, gain = size, jnp.ones(())
     if learner.in_z:
@@ -98,7 +99,7 @@ def numbers(learner: Learner, rate: Any, params: Any, state: Any, x: Array) -> d
         "z": size_in_z,
         "gain": gain,
         "step, % of weights": 100 * rate * gain / size,
-        "logits": jnp.sqrt(jnp.mean(logits**2)),  # type: ignore[operator]
+        "logits": jnp.sqrt(jnp.mean(logits**2)),
     }
 
 
