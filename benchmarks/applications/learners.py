@@ -123,7 +123,8 @@ def perturbed(params: Any, key: Array, fresh: Callable[[Array], Any], shrunk: An
     )
 
 
-def _undecayed(make: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+def undecayed(make: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """An optimizer that knows no weight decay."""
     return lambda rate, _: make(rate)
 
 
@@ -135,9 +136,9 @@ def _bnp_adamw(**options: Any) -> Callable[[Any, Any], Any]:
     return lambda rate, decay: bnp_optax.bnp_adamw(rate, weight_decay=decay, **options)
 
 
-_ADAM = _undecayed(optax.adam)
+_ADAM = undecayed(optax.adam)
 LEARNERS = {
-    "sgd": Learner(_undecayed(optax.sgd)),
+    "sgd": Learner(undecayed(optax.sgd)),
     "adam": Learner(_ADAM),
     "adamw": Learner(_adamw, Decay(0.1, 0.03)),
     "shrink-perturb": Learner(_adamw, Decay(0.3, 0.03), perturb=True),
@@ -146,7 +147,7 @@ LEARNERS = {
     "welford-layernorm-adamw": Learner(_adamw, Decay(1.0, 0.03), inputs="welford", layer_norm=True),
     "running-layernorm-adamw": Learner(_adamw, Decay(1.0, 0.03), inputs="running", layer_norm=True),
     "running-adamw": Learner(_adamw, Decay(0.3, 0.03), inputs="running"),
-    "bnp-adam": Learner(_undecayed(bnp_optax.bnp_adam), in_z=True),
+    "bnp-adam": Learner(undecayed(bnp_optax.bnp_adam), in_z=True),
     "bnp-adamw": Learner(_bnp_adamw(), Decay(0.3, 0.03), in_z=True),
     "bnp-adamw-eps10": Learner(_bnp_adamw(eps_rel=10.0), Decay(0.1, 0.03), in_z=True),
     "bnp-adamw-layernorm": Learner(_bnp_adamw(), Decay(1.0, 0.3), in_z=True, layer_norm=True),
