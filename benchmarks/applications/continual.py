@@ -172,6 +172,12 @@ CONTESTANTS = (
     Contestant("bnp-adamw", "AdamW in z", 3e-3, ours=True, color=base.BLUE),
     Contestant("bnp-adamw-eps10", "AdamW in z, eps_rel=10", 3e-3, ours=True, color=base.GREEN),
     Contestant(
+        *("bnp-adamw-slow", "AdamW in z, decay=.999", 3e-3),
+        ours=True,
+        color=base.PURPLE,
+        dashes="--",
+    ),
+    Contestant(
         *("bnp-adamw-layernorm", "LayerNorm, AdamW in z", 3e-3),
         ours=True,
         color=base.BLUE,

@@ -150,6 +150,7 @@ LEARNERS = {
     "bnp-adam": Learner(undecayed(bnp_optax.bnp_adam), in_z=True),
     "bnp-adamw": Learner(_bnp_adamw(), Decay(0.3, 0.03), in_z=True),
     "bnp-adamw-eps10": Learner(_bnp_adamw(eps_rel=10.0), Decay(0.1, 0.03), in_z=True),
+    "bnp-adamw-slow": Learner(_bnp_adamw(decay=0.999), Decay(0.3, 0.03), in_z=True),
     "bnp-adamw-layernorm": Learner(_bnp_adamw(), Decay(1.0, 0.3), in_z=True, layer_norm=True),
     "running-bnp-adamw": Learner(_bnp_adamw(), Decay(1.0, 0.1), in_z=True, inputs="running"),
 }

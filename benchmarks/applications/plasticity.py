@@ -135,7 +135,12 @@ def rows() -> Iterator[tuple[str, Learner, float]]:
         make = undecayed(functools.partial(bnp_optax.bnp_adam, **options))
         yield f"Adam in z, {label}", dataclasses.replace(in_z, make=make), rate
     yield "LayerNorm, Adam in z", dataclasses.replace(in_z, layer_norm=True), 3e-3
-    for name, label in (("bnp-adamw", "AdamW in z"), ("bnp-adamw-eps10", "AdamW in z, eps_rel=10")):
+    decaying = {
+        "bnp-adamw": "AdamW in z",
+        "bnp-adamw-eps10": "AdamW in z, eps_rel=10",
+        "bnp-adamw-slow": "AdamW in z, decay=.999",
+    }
+    for name, label in decaying.items():
         yield label, LEARNERS[name], 3e-3
 
 

@@ -272,6 +272,7 @@ LEARNERS = {
     "adam": Learner(optax.adam),
     "sgd-public": Learner(optax.sgd, "public"),
     "adam-public": Learner(optax.adam, "public"),
+    "sgd-private": Learner(optax.sgd, "private"),
     "adam-private": Learner(optax.adam, "private"),
     "adam-public-layernorm": Learner(optax.adam, "public", layer_norm=True),
     "bnp-sgd-public": Learner(optax.sgd, statistics=("public", SGD_OPTIONS)),
@@ -285,6 +286,7 @@ CONTESTANTS = (
     Contestant("adam", "DP-Adam", 1e-3, color=base.BLACK, dashes="--"),
     Contestant("sgd-public", "standardized, public: DP-SGD", 1.0, color=base.SKY),
     Contestant("adam-public", "standardized, public: DP-Adam", 1e-3, color=base.SKY, dashes="--"),
+    Contestant("sgd-private", "standardized, private: DP-SGD", 1.0, color=base.PURPLE),
     Contestant(
         "adam-private", "standardized, private: DP-Adam", 1e-3, color=base.PURPLE, dashes="--"
     ),
