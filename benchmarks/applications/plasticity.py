@@ -3,8 +3,8 @@
     python -m benchmarks.applications.plasticity          # the table
     python -m benchmarks.applications.plasticity decay    # which strength of decay suits whom
 
-The stream is that of `continual-permuted`. All of the last layers' numbers are means over the last
-ten tasks and the seeds, taken at the end of each task on its last thousand examples.
+The stream is that of `continual-permuted`. Units, weights and steps are measured at the end of each
+task, on its last thousand examples; the table has means over the last ten tasks and the seeds.
 """
 
 import dataclasses
