@@ -35,6 +35,8 @@ def main(
 ) -> int:
     """Tune and train every contestant of each application; table, figure and numbers.
 
+    What has been done with the same settings is kept: the same command goes on from there.
+
     Args:
       only: Names or patterns.
       seeds: Trainings at the rate that is chosen.
@@ -53,16 +55,17 @@ def main(
         return 2
     results.mkdir(parents=True, exist_ok=True)
     for name in names:
-        application = known[name]
+        application, path = known[name], results / f"{name}.json"
+        before = json.loads(path.read_text()) if path.exists() else None
         length = application.steps if steps is None else steps
-        found = search.conduct(application, seeds, tuning_seeds, length, console.print)
         about = {
             "title": application.title,
             "measure": application.measure,
-            "rates": search.RATES,
             "environment": environment(),
         }
-        (results / f"{name}.json").write_text(json.dumps(about | found, indent=1))
+        found = {}
+        for found in search.conduct(application, seeds, tuning_seeds, length, before):
+            path.write_text(json.dumps(about | found, indent=1))
         draw(application, found, results / f"{name}.png")
         text = f"# {application.title}\n\n{as_table(application, found)}\n"
         (results / f"{name}.md").write_text(text)

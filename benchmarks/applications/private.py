@@ -275,6 +275,7 @@ LEARNERS = {
     "sgd-private": Learner(optax.sgd, "private"),
     "adam-private": Learner(optax.adam, "private"),
     "adam-public-layernorm": Learner(optax.adam, "public", layer_norm=True),
+    "adam-private-layernorm": Learner(optax.adam, "private", layer_norm=True),
     "bnp-sgd-public": Learner(optax.sgd, statistics=("public", SGD_OPTIONS)),
     "bnp-adam-public": Learner(optax.adam, statistics=("public", ADAM_OPTIONS)),
     "bnp-sgd-private": Learner(optax.sgd, statistics=("private", SGD_OPTIONS)),
@@ -294,6 +295,11 @@ CONTESTANTS = (
         *("adam-public-layernorm", "standardized, public, LayerNorm: DP-Adam", 1e-3),
         color=base.ORANGE,
         dashes="--",
+    ),
+    Contestant(
+        *("adam-private-layernorm", "standardized, private, LayerNorm: DP-Adam", 1e-3),
+        color=base.ORANGE,
+        dashes=":",
     ),
     Contestant("bnp-sgd-public", "in z, public: DP-SGD", 0.3, ours=True, color=base.BLUE),
     Contestant(

@@ -1,7 +1,7 @@
 """Every contestant of an application at the learning rate that its own search chooses."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,24 +20,29 @@ def conduct(
     seeds: int,
     tuning_seeds: int,
     steps: int,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """The results of all contestants, as what JSON can hold.
+    before: Mapping[str, Any] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The results, as what JSON can hold, each time that one more contestant has its own.
 
     Args:
       application: What is trained.
       seeds: Trainings at the rate that is chosen.
       tuning_seeds: Trainings at each rate of the search; the median chooses.
       steps: Length of a training.
-      say: Called with a line for each contestant.
+      before: Results of the same settings: contestants that are in them are not trained again.
     """
-    found = {}
+    settings = {"steps": steps, "seeds": seeds, "tuning_seeds": tuning_seeds, "rates": list(RATES)}
+    known: dict[str, Any] = {}
+    if before is not None and all(before.get(name) == x for name, x in settings.items()):
+        known = before["contestants"]
+    found: dict[str, Any] = {}
     for contestant in application.contestants:
-        result = _one(application, contestant, seeds, tuning_seeds, steps)
-        found[contestant.name] = result
-        scores = ", ".join(f"{score:.4g}" for score in result["scores"])
-        say(f"{application.name}: {contestant.label}: rate {result['rate']:g}: {scores}")
-    return {"steps": steps, "tuning_seeds": tuning_seeds, "contestants": found}
+        found[contestant.name] = known.get(contestant.name) or _one(
+            application, contestant, seeds, tuning_seeds, steps
+        )
+        yield settings | {"contestants": found | {n: x for n, x in known.items() if n not in found}}
+    # Whoever is not compared any more goes.
+    yield settings | {"contestants": found}
 
 
 def _one(
