@@ -23,7 +23,7 @@ def reset(key: PRNGKeyArray) -> State:
 
 def move(state: State, action: Int[Array, ""]) -> State:
     """The state after one time step; the action is 0 for a push to the left, 1 to the right."""
-    position, velocity, angle, angular_velocity = state
+    _, velocity, angle, angular_velocity = state
     force = jnp.where(action == 1, FORCE, -FORCE)
     mass = CART_MASS + POLE_MASS
     sine, cosine = jnp.sin(angle), jnp.cos(angle)

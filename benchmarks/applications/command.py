@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 from rich.console import Console
 
-from benchmarks.applications import pinn, search
+from benchmarks.applications import pinn, search, streaming
 from benchmarks.applications.base import Application
 from benchmarks.applications.report import as_table, draw
 from benchmarks.campaign import matching
@@ -18,7 +18,7 @@ RESULTS = Path("results/applications")
 
 def registry(data_dir: Path | None) -> dict[str, Application]:
     """All applications, by name."""
-    found = [*pinn.applications()]
+    found = [*pinn.applications(), *streaming.applications()]
     return {application.name: application for application in found}
 
 

@@ -93,7 +93,8 @@ def _whitened_exact(rate: Any) -> Any:
     layers = bnp_optax.find_layers(loss_fn, params, jnp.zeros(2))
     inputs = {name: layer for name, layer in layers.items() if name == "Dense_0/kernel"}
     hidden = {name: layer for name, layer in layers.items() if name not in inputs}
-    exact = bnp_optax.bnp(eps_rel=1e-8, eps_abs=0.0, layers=inputs)
+    # From the first step on: a start from variance 1 would move weights for seconds by far too much.
+    exact = bnp_optax.bnp(eps_rel=1e-8, eps_abs=0.0, warm_start=True, layers=inputs)
     both = bnp_optax.compose(exact, bnp_optax.whiten(layers=hidden, **_WHITEN))
     return bnp_optax.in_zspace(optax.adam(rate), both)
 

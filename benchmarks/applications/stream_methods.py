@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 import bnp_optax
 from benchmarks.applications.base import (
-    BLACK,
     BLUE,
     GREEN,
     ORANGE,
@@ -139,7 +138,9 @@ def _in_z(rate: Any) -> Any:
 
 
 def _from_z(rate: Any) -> Any:
-    return bnp_optax.bnp_adam(rate, decay=0.999, eps_rel=0.1, scale_bias=False)
+    """With a P that scales all inputs, however small."""
+    exact: dict[str, Any] = {"eps_rel": 1e-8, "eps_abs": 0.0, "scale_bias": False}
+    return bnp_optax.bnp_adam(rate, decay=0.999, **exact)
 
 
 METHODS = {
@@ -152,7 +153,7 @@ METHODS = {
     "stream-x": _BOUNDED,
     "z": Method(_in_z, in_z=True),
     "from-z": Method(_from_z, in_z=True, from_z=True),
-    "z-norm": Method(_in_z, in_z=True, layer_norm=True),
+    "from-z-norm": Method(_from_z, layer_norm=True, in_z=True, from_z=True),
     "z-running": Method(_in_z, inputs="running", in_z=True),
 }
 
@@ -198,6 +199,13 @@ CONTESTANTS = (
     Contestant("stream-x", "stream-x recipe", 1.0, color=GREEN),
     Contestant("z", "Adam in z", 1e-3, ours=True, color=ORANGE),
     Contestant("from-z", "Adam in z, from z", 1e-3, ours=True, color=VERMILION),
-    Contestant("z-norm", "LayerNorm + Adam in z", 1e-3, ours=True, color=ORANGE, dashes="--"),
+    Contestant(
+        "from-z-norm",
+        "LayerNorm + Adam in z, from z",
+        1e-3,
+        ours=True,
+        color=VERMILION,
+        dashes="--",
+    ),
     Contestant("z-running", "Adam in z, Welford", 1e-3, ours=True, color=PURPLE),
 )
