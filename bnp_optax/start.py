@@ -29,8 +29,10 @@ def start_in_zspace(
     z keeps it so: with P held, every step of training is the same in whatever units the inputs
     come. No preconditioner can make up for initial values that saturate the units.
 
-    Hold P by giving the statistics to `value_and_grad` as `fixed`, and let P scale all inputs:
-    `bnp(eps_rel=1e-8, eps_abs=0.0)` and the like.
+    Hold P by giving the statistics to `value_and_grad` as `fixed`, and let P scale all inputs, from
+    the first step on: `bnp(eps_rel=1e-8, eps_abs=0.0, warm_start=True)`, or `shrinkage=0.0` in its
+    place. Without either P begins at mean 0 and variance 1, and the first steps of weights on
+    inputs of large units are 1 / (1 - decay) times too long.
 
     Args:
       loss_fn: The loss, `loss_fn(params, *batch)`, in any framework.

@@ -41,8 +41,13 @@ def test_the_cart_moves_as_published():
 
 @pytest.mark.parametrize(
     ("state", "expected"),
-    [((0, 9, 0, 9), False), ((2.41, 0, 0, 0), True), ((-2.41, 0, 0, 0), True)]
-    + [((2.39, 0, 0.2, 0), False), ((0, 0, 0.21, 0), True), ((0, 0, -0.21, 0), True)],
+    [
+        ((2.39, 9, 0.2, 9), False),
+        ((2.41, 0, 0, 0), True),
+        ((-2.41, 0, 0, 0), True),
+        ((0, 0, 0.21, 0), True),
+        ((0, 0, -0.21, 0), True),
+    ],
 )
 def test_the_limits_of_an_episode(state, expected):
     assert bool(cartpole.failed(jnp.asarray(state, jnp.float32))) is expected

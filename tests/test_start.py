@@ -124,3 +124,24 @@ def test_errors():
     params = Net().init(jax.random.key(0), X[0])["params"]
     with pytest.raises(ValueError, match="`batches` is empty"):
         bnp_optax.start_in_zspace(loss_fn, params, [])
+
+
+@pytest.mark.parametrize("option", [{"warm_start": True}, {"shrinkage": 0.0}, {}])
+def test_with_the_options_of_the_docstring_p_is_held_from_the_first_step(option):
+    x = jnp.array([[0.0, 0.0], [100.0, 1e6]])
+    z = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+
+    def loss_fn(params, x):
+        return jnp.mean(nn.Dense(3).apply({"params": params}, x) ** 2)
+
+    params, fixed = bnp_optax.start_in_zspace(loss_fn, z, [x])
+    _, grads, stats = bnp_optax.value_and_grad(loss_fn, fixed=fixed)(params, x)
+    exact = bnp_optax.bnp(eps_rel=1e-8, eps_abs=0.0, scale=False, **option)
+    tx = bnp_optax.precondition(exact)
+    first, state = tx.update(grads, tx.init(params), params, layer_stats=stats)
+    second, _ = tx.update(grads, state, params, layer_stats=stats)
+    ratio = first["kernel"] / second["kernel"]
+    if option:
+        np.testing.assert_allclose(ratio, 1.0, rtol=1e-4)
+    else:
+        assert float(ratio.min()) > 1.5

@@ -27,8 +27,6 @@ from benchmarks.applications.base import (
     BLUE,
     GREEN,
     ORANGE,
-    PURPLE,
-    SKY,
     VERMILION,
     Application,
     Contestant,
@@ -93,15 +91,23 @@ def _whitened_exact(rate: Any) -> Any:
     layers = bnp_optax.find_layers(loss_fn, params, jnp.zeros(2))
     inputs = {name: layer for name, layer in layers.items() if name == "Dense_0/kernel"}
     hidden = {name: layer for name, layer in layers.items() if name not in inputs}
-    # From the first step on: a start from variance 1 would move weights for seconds by far too much.
+    # Exact from the first step on: a start from variance 1 would throw the weights far off.
     exact = bnp_optax.bnp(eps_rel=1e-8, eps_abs=0.0, warm_start=True, layers=inputs)
     both = bnp_optax.compose(exact, bnp_optax.whiten(layers=hidden, **_WHITEN))
-    return bnp_optax.in_zspace(optax.adam(rate), both)
+    # Divided as whiten_adam divides.
+    divided = optax.stateless(
+        lambda updates, _: {
+            name: jax.tree.map(lambda x, n=layer["kernel"].shape[0]: x / np.sqrt(n + 1), layer)
+            for name, layer in updates.items()
+        }
+    )
+    return bnp_optax.in_zspace(optax.chain(optax.adam(rate), divided), both)
 
 
 METHODS = {
     "adam": Method(optax.adam),
     "adam-by-hand": Method(optax.adam, by_hand=True),
+    "muon-by-hand": Method(optax.contrib.muon, by_hand=True),
     "lbfgs-by-hand": Method(optax.lbfgs, by_hand=True, line_search=True),
     "bnp-adam-by-hand": Method(bnp_optax.bnp_adam, by_hand=True, in_z=True),
     "whiten-by-hand": Method(_whitened, by_hand=True, in_z=True, second=True),
@@ -111,11 +117,14 @@ METHODS = {
 CONTESTANTS = (
     Contestant("adam", "Adam", 1e-3),
     Contestant("adam-by-hand", "Adam, scaled by hand", 1e-3, color=BLUE),
+    Contestant("muon-by-hand", "Muon, scaled by hand", 1e-2, color=BLUE, dashes="--"),
     Contestant("lbfgs-by-hand", "L-BFGS, scaled by hand", 1.0, color=GREEN),
     Contestant("bnp-adam-by-hand", "bnp_adam, scaled by hand", 3e-3, ours=True, color=ORANGE),
-    Contestant("whiten-by-hand", "whiten_adam, scaled by hand", 3e-2, ours=True, color=PURPLE),
+    Contestant(
+        "whiten-by-hand", "whiten_adam, scaled by hand", 3e-2, ours=True, color=ORANGE, dashes="--"
+    ),
     Contestant("adam-z", "Adam in z, from z", 3e-3, ours=True, color=VERMILION),
-    Contestant("whiten-z", "Adam in whitened z, from z", 3e-2, ours=True, color=SKY),
+    Contestant("whiten-z", "whitened z, from z", 3e-2, ours=True, color=VERMILION, dashes="--"),
 )
 
 

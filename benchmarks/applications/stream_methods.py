@@ -83,23 +83,29 @@ def obgd(learning_rate: Any, kappa: float) -> optax.GradientTransformationExtraA
     Algorithm 3. `update` takes traces and, as `error`, delta.
     """
 
-    def update_fn(traces: Any, state: Any, params: Any = None, *, error: Any, **extra: Any) -> Any:
-        del params, extra
-        size = sum(jnp.sum(jnp.abs(trace)) for trace in jax.tree.leaves(traces))
+    def init_fn(params: Any) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        del params
+        error = extra_args["error"]
+        size = sum(jnp.sum(jnp.abs(trace)) for trace in jax.tree.leaves(updates))
         bound = learning_rate * kappa * jnp.maximum(jnp.abs(error), 1.0) * size
         step = learning_rate / jnp.maximum(bound, 1.0) * error
-        return jax.tree.map(lambda trace: -step * trace, traces), state
+        return jax.tree.map(lambda trace: -step * trace, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def by_error(optimizer: Any) -> optax.GradientTransformationExtraArgs:
     """An optimizer of the gradient delta e, for whom takes the traces e."""
     inner = optax.with_extra_args_support(optimizer)
 
-    def update_fn(traces: Any, state: Any, params: Any = None, *, error: Any, **extra: Any) -> Any:
-        grads = jax.tree.map(lambda trace: error * trace, traces)
-        return inner.update(grads, state, params, **extra)
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        error = extra_args.pop("error")
+        grads = jax.tree.map(lambda trace: error * trace, updates)
+        return inner.update(grads, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
@@ -162,12 +168,12 @@ class Moments(NamedTuple):
     """Running mean and variance of vectors, by Welford.
 
     Attributes:
-      count: Vectors seen.
+      number: Vectors seen.
       mean: Of them.
       squares: Sum of the squared distances from the mean.
     """
 
-    count: Float[Array, ""]
+    number: Float[Array, ""]
     mean: Float[Array, " n"]
     squares: Float[Array, " n"]
 
@@ -180,13 +186,13 @@ class Moments(NamedTuple):
 
     def add(self, row: Float[Array, " n"]) -> "Moments":
         """With one more vector."""
-        count = self.count + 1.0
-        mean = self.mean + (row - self.mean) / count
-        return Moments(count, mean, self.squares + (row - self.mean) * (row - mean))
+        number = self.number + 1.0
+        mean = self.mean + (row - self.mean) / number
+        return Moments(number, mean, self.squares + (row - self.mean) * (row - mean))
 
     def standardized(self, row: Float[Array, " n"]) -> Float[Array, " n"]:
         """A vector in units of the standard deviation from the mean."""
-        return (row - self.mean) / jnp.sqrt(self.squares / self.count + 1e-12)
+        return (row - self.mean) / jnp.sqrt(self.squares / self.number + 1e-12)
 
 
 CONTESTANTS = (

@@ -88,7 +88,7 @@ def make_optimizer(method: Method, rate: Any, names: Sequence[str]) -> Any:
     """Of the traces, with `error=`."""
     if not method.bounded:
         return by_error(method.optimizer(rate))
-    each = {name: obgd(rate, _KAPPA[name]) for name in names}
+    each: dict[Any, Any] = {name: obgd(rate, _KAPPA[name]) for name in names}
     return optax.partition(each, {name: name for name in names})
 
 
@@ -232,7 +232,7 @@ def _scaled(method: Method, gain: Any, ended: Array) -> tuple[Any, Array]:
     total, moments = gain
     total = 1.0 + _CARTPOLE_DISCOUNT * total
     moments = moments.add(total[None])
-    deviation = jnp.sqrt(moments.squares[0] / moments.count + 1e-8)
+    deviation = jnp.sqrt(moments.squares[0] / moments.number + 1e-8)
     return (jnp.where(ended, 0.0, total), moments), 1.0 / jnp.maximum(deviation, 1e-2)
 
 
@@ -324,7 +324,7 @@ def applications() -> list[Application]:
         measure="value error",
         train=functools.partial(train, "td"),
         contestants=CONTESTANTS,
-        steps=60_000,
+        steps=40_000,
         judged=late_error,
     )
     control = Application(
@@ -333,7 +333,7 @@ def applications() -> list[Application]:
         measure="steps per episode",
         train=functools.partial(train, "cartpole"),
         contestants=CONTESTANTS,
-        steps=100_000,
+        steps=60_000,
         higher_is_better=True,
         judged=late_life,
         log=False,
