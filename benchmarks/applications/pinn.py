@@ -80,17 +80,18 @@ def _exact(rate: Any) -> Any:
 _WHITEN: dict[str, Any] = {"exponent": 0.5, "damping": 0.1}
 
 
-def _whitened(rate: Any) -> Any:
-    return bnp_optax.whiten_adam(rate, **_WHITEN)
+def _layers() -> tuple[Any, Any]:
+    """The input layer, and the hidden ones with the last."""
+    params = jax.eval_shape(Network().init, jax.random.key(0), jnp.zeros(2))["params"]
+    loss_fn = lambda params, x: Network().apply({"params": params}, x)  # noqa: E731
+    layers = bnp_optax.find_layers(loss_fn, params, jnp.zeros(2))
+    inputs = {"Dense_0/kernel": layers.pop("Dense_0/kernel")}
+    return inputs, layers
 
 
 def _whitened_exact(rate: Any) -> Any:
     """Inputs scaled, however small, and the hidden layers' inputs whitened."""
-    params = jax.eval_shape(Network().init, jax.random.key(0), jnp.zeros(2))["params"]
-    loss_fn = lambda params, x: Network().apply({"params": params}, x)  # noqa: E731
-    layers = bnp_optax.find_layers(loss_fn, params, jnp.zeros(2))
-    inputs = {name: layer for name, layer in layers.items() if name == "Dense_0/kernel"}
-    hidden = {name: layer for name, layer in layers.items() if name not in inputs}
+    inputs, hidden = _layers()
     # Exact from the first step on: a start from variance 1 would throw the weights far off.
     exact = bnp_optax.bnp(eps_rel=1e-8, eps_abs=0.0, warm_start=True, layers=inputs)
     both = bnp_optax.compose(exact, bnp_optax.whiten(layers=hidden, **_WHITEN))
@@ -104,14 +105,26 @@ def _whitened_exact(rate: Any) -> Any:
     return bnp_optax.in_zspace(optax.chain(optax.adam(rate), divided), both)
 
 
+def _muon_exact(rate: Any) -> Any:
+    """Muon in z with a P that scales all inputs, however small."""
+    exact = bnp_optax.bnp(eps_rel=1e-8, eps_abs=0.0, warm_start=True, scale=False)
+    return bnp_optax.in_zspace(optax.contrib.muon(rate), exact)
+
+
 METHODS = {
     "adam": Method(optax.adam),
     "adam-by-hand": Method(optax.adam, by_hand=True),
     "muon-by-hand": Method(optax.contrib.muon, by_hand=True),
     "lbfgs-by-hand": Method(optax.lbfgs, by_hand=True, line_search=True),
     "bnp-adam-by-hand": Method(bnp_optax.bnp_adam, by_hand=True, in_z=True),
-    "whiten-by-hand": Method(_whitened, by_hand=True, in_z=True, second=True),
+    "whiten-by-hand": Method(
+        functools.partial(bnp_optax.whiten_adam, **_WHITEN), by_hand=True, in_z=True, second=True
+    ),
+    "whiten-muon-by-hand": Method(
+        functools.partial(bnp_optax.whiten_muon, **_WHITEN), by_hand=True, in_z=True, second=True
+    ),
     "adam-z": Method(_exact, in_z=True, from_z=True),
+    "muon-z": Method(_muon_exact, in_z=True, from_z=True),
     "whiten-z": Method(_whitened_exact, in_z=True, from_z=True, second=True),
 }
 CONTESTANTS = (
@@ -121,10 +134,26 @@ CONTESTANTS = (
     Contestant("lbfgs-by-hand", "L-BFGS, scaled by hand", 1.0, color=GREEN),
     Contestant("bnp-adam-by-hand", "bnp_adam, scaled by hand", 3e-3, ours=True, color=ORANGE),
     Contestant(
-        "whiten-by-hand", "whiten_adam, scaled by hand", 3e-2, ours=True, color=ORANGE, dashes="--"
+        "whiten-by-hand",
+        "whiten_adam, scaled by hand",
+        3e-2,
+        ours=True,
+        color=ORANGE,
+        dashes="--",
+    ),
+    Contestant(
+        "whiten-muon-by-hand",
+        "whiten_muon, scaled by hand",
+        3e-2,
+        ours=True,
+        color=ORANGE,
+        dashes=":",
     ),
     Contestant("adam-z", "Adam in z, from z", 3e-3, ours=True, color=VERMILION),
-    Contestant("whiten-z", "whitened z, from z", 3e-2, ours=True, color=VERMILION, dashes="--"),
+    Contestant("muon-z", "Muon in z, from z", 1e-2, ours=True, color=VERMILION, dashes=":"),
+    Contestant(
+        "whiten-z", "Adam in whitened z, from z", 3e-2, ours=True, color=VERMILION, dashes="--"
+    ),
 )
 
 
