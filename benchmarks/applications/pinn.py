@@ -27,6 +27,7 @@ from benchmarks.applications.base import (
     BLUE,
     GREEN,
     ORANGE,
+    PURPLE,
     VERMILION,
     Application,
     Contestant,
@@ -80,29 +81,32 @@ def _exact(rate: Any) -> Any:
 _WHITEN: dict[str, Any] = {"exponent": 0.5, "damping": 0.1}
 
 
-def _layers() -> tuple[Any, Any]:
-    """The input layer, and the hidden ones with the last."""
+def _whitened() -> Any:
+    """P that scales the inputs, however small, and whitens what enters the hidden layers."""
     params = jax.eval_shape(Network().init, jax.random.key(0), jnp.zeros(2))["params"]
     loss_fn = lambda params, x: Network().apply({"params": params}, x)  # noqa: E731
     layers = bnp_optax.find_layers(loss_fn, params, jnp.zeros(2))
     inputs = {"Dense_0/kernel": layers.pop("Dense_0/kernel")}
-    return inputs, layers
-
-
-def _whitened_exact(rate: Any) -> Any:
-    """Inputs scaled, however small, and the hidden layers' inputs whitened."""
-    inputs, hidden = _layers()
     # Exact from the first step on: a start from variance 1 would throw the weights far off.
     exact = bnp_optax.bnp(eps_rel=1e-8, eps_abs=0.0, warm_start=True, layers=inputs)
-    both = bnp_optax.compose(exact, bnp_optax.whiten(layers=hidden, **_WHITEN))
-    # Divided as whiten_adam divides.
-    divided = optax.stateless(
-        lambda updates, _: {
+    return bnp_optax.compose(exact, bnp_optax.whiten(layers=layers, **_WHITEN))
+
+
+def _adam_whitened(rate: Any) -> Any:
+    """Its steps are divided as those of `whiten_adam` are."""
+
+    def divided(updates: Any, params: Any) -> Any:
+        del params
+        return {
             name: jax.tree.map(lambda x, n=layer["kernel"].shape[0]: x / np.sqrt(n + 1), layer)
             for name, layer in updates.items()
         }
-    )
-    return bnp_optax.in_zspace(optax.chain(optax.adam(rate), divided), both)
+
+    return bnp_optax.in_zspace(optax.chain(optax.adam(rate), optax.stateless(divided)), _whitened())
+
+
+def _muon_whitened(rate: Any) -> Any:
+    return bnp_optax.in_zspace(optax.contrib.muon(rate), _whitened())
 
 
 def _muon_exact(rate: Any) -> Any:
@@ -125,14 +129,15 @@ METHODS = {
     ),
     "adam-z": Method(_exact, in_z=True, from_z=True),
     "muon-z": Method(_muon_exact, in_z=True, from_z=True),
-    "whiten-z": Method(_whitened_exact, in_z=True, from_z=True, second=True),
+    "whiten-z": Method(_adam_whitened, in_z=True, from_z=True, second=True),
+    "whiten-muon-z": Method(_muon_whitened, in_z=True, from_z=True, second=True),
 }
 CONTESTANTS = (
-    Contestant("adam", "Adam", 1e-3),
-    Contestant("adam-by-hand", "Adam, scaled by hand", 1e-3, color=BLUE),
+    Contestant("adam", "Adam", 1e-2),
+    Contestant("adam-by-hand", "Adam, scaled by hand", 1e-2, color=BLUE),
     Contestant("muon-by-hand", "Muon, scaled by hand", 1e-2, color=BLUE, dashes="--"),
     Contestant("lbfgs-by-hand", "L-BFGS, scaled by hand", 1.0, color=GREEN),
-    Contestant("bnp-adam-by-hand", "bnp_adam, scaled by hand", 3e-3, ours=True, color=ORANGE),
+    Contestant("bnp-adam-by-hand", "bnp_adam, scaled by hand", 1e-2, ours=True, color=ORANGE),
     Contestant(
         "whiten-by-hand",
         "whiten_adam, scaled by hand",
@@ -149,10 +154,13 @@ CONTESTANTS = (
         color=ORANGE,
         dashes=":",
     ),
-    Contestant("adam-z", "Adam in z, from z", 3e-3, ours=True, color=VERMILION),
-    Contestant("muon-z", "Muon in z, from z", 1e-2, ours=True, color=VERMILION, dashes=":"),
+    Contestant("adam-z", "Adam in z, from z", 1e-2, ours=True, color=VERMILION),
+    Contestant("muon-z", "Muon in z, from z", 1e-2, ours=True, color=PURPLE),
     Contestant(
         "whiten-z", "Adam in whitened z, from z", 3e-2, ours=True, color=VERMILION, dashes="--"
+    ),
+    Contestant(
+        "whiten-muon-z", "Muon in whitened z, from z", 1e-2, ours=True, color=PURPLE, dashes="--"
     ),
 )
 

@@ -34,14 +34,14 @@ def as_table(application: Application, results: Mapping[str, Any]) -> str:
 
 def draw(application: Application, results: Mapping[str, Any], path: Path) -> None:
     """Mean and range of the seeds over the training, one line for each contestant."""
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.8, 4.2), layout="constrained")
     for contestant in application.contestants:
         result = results["contestants"][contestant.name]
         curves = np.array(
             [[np.nan if x is None else x for x in curve] for curve in result["curves"]]
         )
         steps = results["steps"] / curves.shape[1] * np.arange(1, curves.shape[1] + 1)
-        style = {"color": contestant.color, "ls": contestant.dashes}
+        style: dict[str, Any] = {"color": contestant.color, "ls": contestant.dashes}
         average = np.median(curves, axis=0)
         axis.plot(steps, average, lw=1.6, label=contestant.label, **style)
         band = np.min(curves, axis=0), np.max(curves, axis=0)
@@ -53,7 +53,9 @@ def draw(application: Application, results: Mapping[str, Any], path: Path) -> No
     axis.set_title(application.title, fontsize="medium")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize="small", frameon=False)
+    if application.top is not None:
+        axis.set_ylim(top=application.top)
+    figure.legend(fontsize="small", frameon=False, loc="outside right center")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -326,6 +326,7 @@ def applications() -> list[Application]:
         contestants=CONTESTANTS,
         steps=40_000,
         judged=late_error,
+        top=2.0,
     )
     control = Application(
         name="stream-cartpole",
