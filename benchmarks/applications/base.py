@@ -60,6 +60,7 @@ class Application:
       higher_is_better: Whether the measure is a gain or an error.
       judged: From curves to a number for each seed.
       log: Whether the figure's measure is on a logarithmic axis.
+      top: Where the figure's axis ends, if what lies above has only failed.
     """
 
     name: str
@@ -72,3 +73,4 @@ class Application:
     higher_is_better: bool = False
     judged: Callable[[np.ndarray], np.ndarray] = last
     log: bool = True
+    top: float | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 from rich.console import Console
 
-from benchmarks.applications import continual, private, search
+from benchmarks.applications import continual, pinn, private, search, streaming
 from benchmarks.applications.base import Application
 from benchmarks.applications.report import as_table, draw
 from benchmarks.campaign import matching
@@ -19,6 +19,8 @@ RESULTS = Path("results/applications")
 def registry(data_dir: Path | None) -> dict[str, Application]:
     """All applications, by name."""
     found: list[Application] = [
+        *pinn.applications(),
+        *streaming.applications(),
         *continual.applications(data_dir),
         *private.applications(data_dir),
     ]

@@ -53,6 +53,8 @@ def draw(application: Application, results: Mapping[str, Any], path: Path) -> No
     axis.set_title(application.title, fontsize="medium")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
+    if application.top is not None:
+        axis.set_ylim(top=application.top)
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
