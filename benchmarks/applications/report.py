@@ -45,7 +45,7 @@ def draw(application: Application, results: Mapping[str, Any], path: Path) -> No
         average = np.median(curves, axis=0)
         axis.plot(steps, average, lw=1.6, label=contestant.label, **style)
         band = np.min(curves, axis=0), np.max(curves, axis=0)
-        axis.fill_between(steps, *band, color=contestant.color, alpha=0.12, lw=0)
+        axis.fill_between(steps, *band, color=contestant.color, alpha=0.08, lw=0)
     if application.log:
         axis.set_yscale("log")
     axis.set_xlabel(application.progress)
