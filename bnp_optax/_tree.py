@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import optax
 from jax.tree_util import GetAttrKey, KeyPath
 
@@ -124,3 +125,8 @@ def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
         )
 
     return [x for x, array in zip(leaves, is_array, strict=True) if array], rebuild
+
+
+def is_concrete(*values: Any) -> bool:
+    """Whether none of the arrays in `values` is traced."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))

@@ -1,5 +1,6 @@
 """Ready-made optimizers in the z of `whiten`."""
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 import jax.numpy as jnp
@@ -7,10 +8,18 @@ import optax
 from jax.typing import ArrayLike
 
 from bnp_optax._checks import check_adam
-from bnp_optax._tree import named_leaves, replace_leaves
+from bnp_optax._tree import named_leaves, quoted, replace_leaves
 from bnp_optax.layers import Layers
-from bnp_optax.preconditioners import WhitenOptions, takes_options, whiten
+from bnp_optax.preconditioners import (
+    Preconditioner,
+    WhitenOptions,
+    bnp,
+    compose,
+    takes_options,
+    whiten,
+)
 from bnp_optax.preconditioners.layout import layers_of
+from bnp_optax.statistics import LayerStats
 from bnp_optax.transforms.orthogonalize import orthogonalize
 from bnp_optax.transforms.zspace import in_zspace
 
@@ -21,6 +30,7 @@ def whiten_adam(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
+    fixed: Mapping[str, LayerStats] | None = None,
     **whiten_options: Unpack[WhitenOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in the z of `whiten`, of which a layer's step is divided by sqrt(fan-in + 1).
@@ -35,6 +45,8 @@ def whiten_adam(
       b1: Decay of the first moment, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
       eps: Added to the root of the second moment, >= 0.
+      fixed: Statistics of input layers from `start_in_zspace`, for raw inputs: P is that of
+        `bnp(fixed=fixed)` there, exactly and for good, and `whiten` behind. It needs `layers`.
       **whiten_options: Options of `whiten`.
 
     Returns:
@@ -42,7 +54,8 @@ def whiten_adam(
       second_moments=True)`.
 
     Raises:
-      ValueError: If a hyper-parameter is out of its range.
+      ValueError: If a hyper-parameter is out of its range, or `fixed` is given and `layers` is not,
+        or lacks one of its layers.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -65,7 +78,7 @@ def whiten_adam(
     check_adam(learning_rate, b1, b2, eps)
     layers = whiten_options.get("layers")
     inner = optax.chain(optax.adam(learning_rate, b1, b2, eps), _divided_by_fan_in(layers))
-    return in_zspace(inner, whiten(**whiten_options))
+    return in_zspace(inner, _whitened(fixed, **whiten_options))
 
 
 @takes_options(whiten)
@@ -76,6 +89,7 @@ def whiten_muon(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
+    fixed: Mapping[str, LayerStats] | None = None,
     **whiten_options: Unpack[WhitenOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Orthogonalized momentum in the z of `whiten`; Adam, there, for all else than kernels.
@@ -88,6 +102,8 @@ def whiten_muon(
       b1: Adam's.
       b2: Adam's.
       eps: As in `orthogonalize`.
+      fixed: Statistics of input layers from `start_in_zspace`, for raw inputs: P is that of
+        `bnp(fixed=fixed)` there, exactly and for good, and `whiten` behind. It needs `layers`.
       **whiten_options: Options of `whiten`; its `layers` are those that are orthogonalized too.
 
     Returns:
@@ -95,7 +111,8 @@ def whiten_muon(
       second_moments=True)`.
 
     Raises:
-      ValueError: If a hyper-parameter is out of its range.
+      ValueError: If a hyper-parameter is out of its range, or `fixed` is given and `layers` is not,
+        or lacks one of its layers.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -128,7 +145,27 @@ def whiten_muon(
         ),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return in_zspace(inner, whiten(**whiten_options))
+    return in_zspace(inner, _whitened(fixed, **whiten_options))
+
+
+def _whitened(
+    fixed: Mapping[str, LayerStats] | None, **options: Unpack[WhitenOptions]
+) -> Preconditioner:
+    """`whiten`, behind layers whose statistics are known."""
+    if not fixed:
+        return whiten(**options)
+    layers = options.get("layers")
+    if layers is None or not set(fixed) <= set(layers):
+        has = "are not given" if layers is None else f"have {quoted(layers)}"
+        msg = (
+            f"`fixed` has {quoted(fixed)}, but `layers` {has}: which others there are must be "
+            "known. Pass `layers=bnp_optax.find_layers(loss_fn, params, ...)`."
+        )
+        raise ValueError(msg)
+    inputs = {name: layers[name] for name in fixed}
+    rest = {name: layer for name, layer in layers.items() if name not in fixed}
+    held = bnp(layers=inputs, fixed=fixed, scale=False)
+    return compose(held, whiten(**(options | {"layers": rest})))
 
 
 def _divided_by_fan_in(layers: Layers | None) -> optax.GradientTransformation:

@@ -402,6 +402,13 @@ def test_fixed_statistics_of_a_linen_layer():
     np.testing.assert_allclose(stats["layers_0/kernel"].mean[:, 0], x.mean(0) + 0.5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("transformation", [jax.jit, jax.vmap])
+def test_data_sets_under_transformations(transformation):
+    x = normal(0, 2, 8, 3)
+    with pytest.raises(ValueError, match="`params` or `batches` are traced: statistics of a data"):
+        transformation(lambda x: bnp_optax.dataset_statistics(net, NET, [x]))(x)
+
+
 def test_data_sets_that_tell_nothing():
     with pytest.raises(ValueError, match="`batches` is empty"):
         bnp_optax.dataset_statistics(net, NET, [])

@@ -223,3 +223,42 @@ def test_errors():
     params = Net().init(jax.random.key(0), X[0])["params"]
     with pytest.raises(ValueError, match="`batches` is empty"):
         bnp_optax.start_in_zspace(loss_fn, params, [])
+
+
+WHITENED = {"whiten_adam": bnp_optax.whiten_adam, "whiten_muon": bnp_optax.whiten_muon}
+
+
+@pytest.mark.parametrize("name", WHITENED)
+def test_whitening_behind_layers_that_are_held(name):
+    def losses(x):
+        z = Net().init(jax.random.key(0), x[0])["params"]
+        params, fixed = bnp_optax.start_in_zspace(loss_fn, z, list(zip(x, Y, strict=True)))
+        layers = bnp_optax.find_layers(loss_fn, params, x[0], Y[0])
+        tx = WHITENED[name](1e-2, fixed=fixed, layers=layers)
+        captured = bnp_optax.value_and_grad(loss_fn, fixed=fixed, second_moments=["last/kernel"])
+
+        def step(carry, batch):
+            params, state = carry
+            loss, grads, stats = captured(params, *batch)
+            updates, state = tx.update(grads, state, params, layer_stats=stats)
+            return (optax.apply_updates(params, updates), state), loss
+
+        order = np.arange(60) % len(x)
+        carry = params, tx.init(params)
+        return jax.jit(lambda carry: jax.lax.scan(step, carry, (x[order], Y[order])))(carry)[1]
+
+    expected = losses(standardized())
+    np.testing.assert_allclose(losses(in_units(UNITS[0])), expected, rtol=5e-3)
+    assert expected[-8:].mean() < 0.8 * expected[:8].mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "has"),
+    [
+        ({}, "are not given"),
+        ({"layers": {"other": fixed_of(7)["kernel"].layer}}, "have `other`"),
+    ],
+)
+def test_whitening_needs_to_know_the_other_layers(options, has):
+    with pytest.raises(ValueError, match=f"`fixed` has `kernel`, but `layers` {has}"):
+        bnp_optax.whiten_adam(fixed=fixed_of(7), **options)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnp_optax._tree import is_concrete
 from bnp_optax.capture import covered
 from bnp_optax.capture.api import options_of
 from bnp_optax.capture.moments import ConvStatistics, Options
@@ -38,7 +39,8 @@ def dataset_statistics(
       the `count` of the largest batch.
 
     Raises:
-      ValueError: If there is no batch, or no layer whose inputs do not depend on parameters.
+      ValueError: If there is no batch, or no layer whose inputs do not depend on parameters; under
+        `jax.jit` and the like.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -55,11 +57,24 @@ def dataset_statistics(
     """
     options = options_of(conv_statistics, None, embeddings)
     measure = jax.jit(lambda params, batch: _of_batch(loss_fn, params, batch, options))
-    parts = [jax.device_get(measure(params, _arguments(batch))) for batch in batches]
+    parts = []
+    for batch in batches:
+        arguments = _arguments(batch)
+        _check_concrete((params, arguments))
+        parts.append(jax.device_get(measure(params, arguments)))
     if not parts:
         msg = "`batches` is empty: statistics need data."
         raise ValueError(msg)
     return {name: _of_all([part[name] for part in parts]) for name in parts[0]}
+
+
+def _check_concrete(tree: Any) -> None:
+    if not is_concrete(tree):
+        msg = (
+            "`params` or `batches` are traced: statistics of a data set are taken once, outside of "
+            "`jax.jit`, `jax.vmap` and the like. Call this before, and hand the statistics in."
+        )
+        raise ValueError(msg)
 
 
 def _arguments(batch: Any) -> tuple[Any, ...]:

@@ -5,16 +5,10 @@ Under `jax.jit` a value is not known yet, so that nothing is said of it.
 
 from typing import Any
 
-import jax
-import jax.core
 import numpy as np
 
+from bnp_optax._tree import is_concrete
 from bnp_optax.preconditioners.base import Operator, Preconditioner, check_preconditioner
-
-
-def is_concrete(*values: Any) -> bool:
-    """Whether none of the arrays in `values` is traced."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
 def check_matrix(name: str, matrix: Any, square: bool = False) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from bnp_optax._tree import quoted
-from bnp_optax.diagnostics.checks import check_matrix, is_concrete
+from bnp_optax._tree import is_concrete, quoted
+from bnp_optax.diagnostics.checks import check_matrix
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners.bnp_operator import Scaling, bnp_states, over_inputs, scalings
 from bnp_optax.preconditioners.whiten_operator import roots, whiten_states

@@ -8,7 +8,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from bnp_optax.diagnostics.checks import check_curvature, is_concrete
+from bnp_optax._tree import is_concrete
+from bnp_optax.diagnostics.checks import check_curvature
 from bnp_optax.diagnostics.lanczos import hessian_extremes
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from bnp_optax._tree import split_arrays
-from bnp_optax.diagnostics.checks import is_concrete, operator_of
+from bnp_optax._tree import is_concrete, split_arrays
+from bnp_optax.diagnostics.checks import operator_of
 from bnp_optax.diagnostics.displacement import Coordinates, coordinates, displaced
 from bnp_optax.preconditioners.base import Operator, Preconditioner
 

@@ -11,7 +11,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from bnp_optax._checks import check_positive
-from bnp_optax.diagnostics.checks import check_matrix, is_concrete
+from bnp_optax._tree import is_concrete
+from bnp_optax.diagnostics.checks import check_matrix
 
 Seen = tuple[Array, Array]
 

@@ -195,7 +195,7 @@ def bnp(
             start[name] = Running(fitted(stats.mean, kernel), fitted(var, kernel), _vector(*counts))
         ambiguous = {name: _may_vary_elsewhere(layer, layers) for name, layer in found.items()}
         return BNPState(
-            mean=_at(params, {n: start[n].mean for n, layer in found.items() if layer.bias}),
+            mean=_at(params, {n: of.mean for n, of in start.items() if found[n].bias}),
             var=_at(params, {n: start[n].var for n in found}),
             numbers=_at(params, {n: start[n].numbers for n in found}),
             inputs=_at(params, {n: _bits(layer) for n, layer in found.items() if ambiguous[n]}),
@@ -256,7 +256,7 @@ def bnp(
     )
 
 
-def _at(tree: Any, arrays: dict[str, Array]) -> Any:
+def _at(tree: Any, arrays: dict[str, Any]) -> Any:
     """A tree of the structure of `tree`, unboxed, with `arrays` at their names, else masks."""
     return replace_leaves(mask_leaves(tree), arrays)
 
