@@ -107,7 +107,8 @@ def bnp(
       scale_others: Whether parameters that are no layer's kernel or bias, such as embeddings and
         scales of a normalization, are multiplied in P by the geometric mean of the layers' gains
         (of 1 / (sigma~ q) at its root mean square), so that one learning rate suits both; bounded
-        to 1/10 to 10, since the layers' gains have the units of the data too.
+        to 1/10 to 10, since the layers' gains have the units of the data too. Those of `fixed`
+        layers do not count.
       batch_size: N in q, where the statistics do not know it, such as those of one shard. None
         takes the largest that they had so far: after a change to smaller batches for good, give
         theirs.
@@ -116,7 +117,8 @@ def bnp(
         sqrt(max_ratio (max(sigma^2) + mu^2)). So an outlier of any size is forgotten in some
         hundreds of steps, and inputs that change for good are still followed, since the bound
         grows with the running statistics. The first ten batches enter whole. None for no bound.
-      layers: The layers to precondition; all others pass through. What `find_layers` returns, or
+      layers: The layers to precondition; all others are left as they are, but with `scale_others`,
+        to which their kernels and biases are others. What `find_layers` returns, or
         a part of it. None takes all leaves named `kernel` with at least two axes, each with its
         sibling `bias`, where axes are in the order of Flax's layers. What `find_layers` returns
         also serves parameters of other names and layouts, and settles the shapes of the state at
@@ -124,7 +126,8 @@ def bnp(
       fixed: Statistics by kernel that are known once and for all, from `start_in_zspace` or
         `dataset_statistics`. There P has them from the start and keeps them: sigma~ = sigma, with
         no floor and no shrinkage, and beta = 1. Of what comes in `layer_stats` only N counts.
-        Constant inputs are divided by their size.
+        Constant inputs are divided by their size. As `layers` it belongs to the optimizer, and is
+        to be given again where a state is restored.
 
     Returns:
       A `Preconditioner`. Its `update` takes `layer_stats`, from `value_and_grad`; with

@@ -225,8 +225,11 @@ class BNPOperator(Operator):
         leaves = {n: x for n, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
         if not leaves or not self._scalings:
             return {}
-        gains = jnp.stack([scaling.gain for scaling in self._scalings.values()])
-        gain = jnp.clip(jnp.exp(jnp.mean(jnp.log(gains))), 1.0 / _MAX_GAIN, _MAX_GAIN)
+        # Not of held layers: their inputs are the data, in any units.
+        moves = jnp.stack([~scaling.held for scaling in self._scalings.values()])
+        logs = jnp.log(jnp.stack([scaling.gain for scaling in self._scalings.values()]))
+        mean = jnp.sum(jnp.where(moves, logs, 0.0)) / jnp.maximum(jnp.sum(moves), 1)
+        gain = jnp.clip(jnp.exp(mean), 1.0 / _MAX_GAIN, _MAX_GAIN)
 
         def scaled(leaf: Array) -> Array:
             dtype = jnp.promote_types(leaf.dtype, jnp.float32)
