@@ -72,6 +72,16 @@ def test_the_factor_is_the_geometric_mean_of_the_gains():
     )
 
 
+def test_numbers_of_python_and_of_bfloat16():
+    bnp = bnp_optax.bnp(scale_others=True, **OPTIONS | {"eps_abs": 0.0})
+    P = bnp.operator(state_of(bnp, X * 1e6))
+    got = P.mv(start() | {"temperature": jnp.ones(2, jnp.bfloat16), "bare": 2.0, "whole": 3})
+    assert got["temperature"].dtype == jnp.bfloat16
+    assert float(got["temperature"][0]) == pytest.approx(0.1, rel=1e-2)
+    assert float(got["bare"]) == pytest.approx(0.2)
+    assert got["whole"] == 3
+
+
 def test_without_it_others_are_left_alone():
     P = (bnp := bnp_optax.bnp(**OPTIONS)).operator(state_of(bnp, X))
     for method in ("mv", "transpose", "solve", "gram"):

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bnp_optax.capture.api import value_and_stats
+from bnp_optax.diagnostics.conditioning import condition_number
 from bnp_optax.diagnostics.displacement import promoted, unit_coordinates
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners.base import Operator
@@ -44,16 +45,17 @@ def extended_second_moment(stats: LayerStats) -> Float[Array, "*blocks n_or_more
 
     Source: Lange, Helfrich, Ye, JMLR 2022, (9) and (11).
     """
-    covariance = stats.total_covariance
-    if covariance is None:
+    moment, covariance = stats.second_moment, stats.total_covariance
+    if moment is None or covariance is None:
         msg = (
             f"`stats` of `{stats.layer.kernel}` has no second moment. Capture it: "
             "`bnp_optax.value_and_grad(loss_fn, second_moments=True)(params, ...)`."
         )
         raise ValueError(msg)
-    mean = stats.input_mean
     if stats.layer.bias is None:
-        return covariance + mean[..., :, None] * mean[..., None, :]
+        return moment
+    # From the covariance, which has its digits where the mean is large.
+    mean = stats.input_mean
     extended = jnp.concatenate([jnp.ones_like(mean[..., :1]), mean], axis=-1)
     zero = [(0, 0)] * (covariance.ndim - 2) + [(1, 0), (1, 0)]
     return jnp.pad(covariance, zero) + extended[..., :, None] * extended[..., None, :]
@@ -101,9 +103,9 @@ def input_conditioning(
 
 
 def _kappa(matrix: Float[np.ndarray, "n n"]) -> float:
-    values = np.linalg.eigvalsh(0.5 * (matrix + matrix.T))
-    used = values[values > len(values) * np.finfo(np.float32).eps * values[-1]]
-    return float(values[-1] / used[0]) if len(used) else float("nan")
+    """Of a moment of float32, whose digits say what counts as zero; NaN of inputs that are zero."""
+    symmetric = (0.5 * (matrix + matrix.T)).astype(np.float32)
+    return float(condition_number(symmetric, symmetric=True)) if symmetric.any() else float("nan")
 
 
 def _unit_matrix(P: Operator, params: Any, layer: Layer) -> Float[Array, "n n"]:

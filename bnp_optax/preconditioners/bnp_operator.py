@@ -222,7 +222,8 @@ class BNPOperator(Operator):
         self, function: Callable[..., tuple[Array, Any]], leaves: dict[str, Any]
     ) -> dict[str, Array]:
         """Parameters of no layer, as kernels whose inputs are not centered and have one scale."""
-        leaves = {n: x for n, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        arrays = {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
+        leaves = {n: x for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
         if not leaves or not self._scalings:
             return {}
         # Not of held layers: their inputs are the data, in any units.
