@@ -10,7 +10,7 @@ demo: $(VENV)/installed-bench
 
 # What a change is most likely to break, in some minutes on two cores. XLA compiles in a hurry: this is about results
 # that hold either way. `test-all` leaves nothing out.
-CORE := bnp capture_names drop_in errors flax_nnx identity statistics training tree without_flax zspace
+CORE := bnp capture_names drop_in drop_in_states errors flax_nnx identity statistics training tree without_flax zspace
 test: $(VENV)/installed-test
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest --numprocesses auto \
 		-m 'not slow' $(CORE:%=tests/test_%.py) $(ARGS)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from quick_jit import jit
 
 import bnp_optax
 
@@ -171,3 +172,21 @@ def run(case, whitening, seeds, layers=None, params=None):
         _, grads, stats = value_and_grad(params, case.batch(seed))
         state = whitening.update(grads, state, params, layer_stats=stats)
     return state
+
+
+SEEDS = (10, 11, 12)
+
+
+def assert_close(got, want, tolerance):
+    assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
+
+
+def settled(whitening, loss_fn, params, x, n=40):
+    """The state when the same batch has come so often that the start is forgotten."""
+    _, grads, stats = jit(bnp_optax.value_and_grad(loss_fn, second_moments=True))(params, x)
+
+    def step(state, _):
+        return whitening.update(grads, state, layer_stats=stats), None
+
+    many = jit(lambda state: jax.lax.scan(step, state, None, n)[0])
+    return many(whitening.init(params)), grads
