@@ -197,6 +197,14 @@ METHODS: dict[str, Method] = {
     "whiten_muon": Method(
         "Muon in z (whitened)", "none", _whiten_muon, True, _YELLOW, ":", 3e-3, second_moments=True
     ),
+    "whiten_adam_ln": Method(
+        *("Adam in z (whitened) + LayerNorm", "layer", _whiten_adam, True, _BLUE, "-.", 3e-2),
+        second_moments=True,
+    ),
+    "whiten_muon_ln": Method(
+        *("Muon in z (whitened) + LayerNorm", "layer", _whiten_muon, True, _YELLOW, "-.", 3e-3),
+        second_moments=True,
+    ),
     # Variants of it: which of its parts matter.
     "ready_adam_plain_bias": Method(
         "bnp_adam, scale_bias=False",

@@ -34,6 +34,7 @@ def main(
     steps: int | None = None,
     data_dir: Path | None = None,
     results: Path = RESULTS,
+    workers: int = 1,
 ) -> int:
     """Tune and train every contestant of each application; table, figure and numbers.
 
@@ -46,12 +47,16 @@ def main(
       steps: Length of a training; the application's own if not given.
       data_dir: Folder of the .npz files; the environment variable BNP_DATA_DIR if not given.
       results: Folder of the results.
+      workers: Contestants at a time, each in a process of its own if more than one.
     """
     mpl.use("Agg")
     console = Console() if sys.stdout.isatty() else Console(width=100)
     known = registry(data_dir)
     try:
         names = matching(known, only, "application")
+        if workers < 1:
+            msg = f"`workers` must be at least 1, got {workers}"
+            raise ValueError(msg)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,7 +71,8 @@ def main(
             "environment": environment(),
         }
         found = {}
-        for found in search.conduct(application, seeds, tuning_seeds, length, before):
+        done = search.conduct(application, seeds, tuning_seeds, length, before, workers)
+        for found in done:
             path.write_text(json.dumps(about | found, indent=1))
         draw(application, found, results / f"{name}.png")
         text = f"# {application.title}\n\n{as_table(application, found)}\n"

@@ -55,7 +55,7 @@ class Method:
     """How a contestant trains.
 
     Attributes:
-      optimizer: From a rate, or its schedule.
+      optimizer: From a rate, or its schedule; from z it takes `layers` and `fixed`, too.
       by_hand: Whether coordinates are standardized by hand.
       in_z: Whether the optimizer takes statistics.
       from_z: Whether initial values are those of z, and the inputs' statistics held.
@@ -63,7 +63,7 @@ class Method:
       line_search: Whether it has one, and a fixed set of points.
     """
 
-    optimizer: Callable[[Any], Any]
+    optimizer: Callable[..., Any]
     by_hand: bool = False
     in_z: bool = False
     from_z: bool = False
@@ -71,66 +71,27 @@ class Method:
     line_search: bool = False
 
 
-def _exact(rate: Any) -> Any:
-    """Adam in z with a P that scales all inputs, however small."""
-    exact: dict[str, Any] = {"eps_rel": 1e-8, "eps_abs": 0.0, "scale_bias": False}
-    return bnp_optax.bnp_adam(rate, **exact)
+def _muon_in_z(rate: Any, **options: Any) -> Any:
+    return bnp_optax.in_zspace(optax.contrib.muon(rate), bnp_optax.bnp(scale=False, **options))
 
 
-# Whitens fully, where the default takes the fourth root of the covariance.
-_WHITEN: dict[str, Any] = {"exponent": 0.5, "damping": 0.1}
-
-
-def _whitened() -> Any:
-    """P that scales the inputs, however small, and whitens what enters the hidden layers."""
-    params = jax.eval_shape(Network().init, jax.random.key(0), jnp.zeros(2))["params"]
-    loss_fn = lambda params, x: Network().apply({"params": params}, x)  # noqa: E731
-    layers = bnp_optax.find_layers(loss_fn, params, jnp.zeros(2))
-    inputs = {"Dense_0/kernel": layers.pop("Dense_0/kernel")}
-    # Exact from the first step on: a start from variance 1 would throw the weights far off.
-    exact = bnp_optax.bnp(eps_rel=1e-8, eps_abs=0.0, warm_start=True, layers=inputs)
-    return bnp_optax.compose(exact, bnp_optax.whiten(layers=layers, **_WHITEN))
-
-
-def _adam_whitened(rate: Any) -> Any:
-    """Its steps are divided as those of `whiten_adam` are."""
-
-    def divided(updates: Any, params: Any) -> Any:
-        del params
-        return {
-            name: jax.tree.map(lambda x, n=layer["kernel"].shape[0]: x / np.sqrt(n + 1), layer)
-            for name, layer in updates.items()
-        }
-
-    return bnp_optax.in_zspace(optax.chain(optax.adam(rate), optax.stateless(divided)), _whitened())
-
-
-def _muon_whitened(rate: Any) -> Any:
-    return bnp_optax.in_zspace(optax.contrib.muon(rate), _whitened())
-
-
-def _muon_exact(rate: Any) -> Any:
-    """Muon in z with a P that scales all inputs, however small."""
-    exact = bnp_optax.bnp(eps_rel=1e-8, eps_abs=0.0, warm_start=True, scale=False)
-    return bnp_optax.in_zspace(optax.contrib.muon(rate), exact)
-
-
+# They whiten fully, where the default takes the fourth root of the covariance.
+_WHITEN_ADAM, _WHITEN_MUON = (
+    functools.partial(make, exponent=0.5, damping=0.1)
+    for make in (bnp_optax.whiten_adam, bnp_optax.whiten_muon)
+)
 METHODS = {
     "adam": Method(optax.adam),
     "adam-by-hand": Method(optax.adam, by_hand=True),
     "muon-by-hand": Method(optax.contrib.muon, by_hand=True),
     "lbfgs-by-hand": Method(optax.lbfgs, by_hand=True, line_search=True),
     "bnp-adam-by-hand": Method(bnp_optax.bnp_adam, by_hand=True, in_z=True),
-    "whiten-by-hand": Method(
-        functools.partial(bnp_optax.whiten_adam, **_WHITEN), by_hand=True, in_z=True, second=True
-    ),
-    "whiten-muon-by-hand": Method(
-        functools.partial(bnp_optax.whiten_muon, **_WHITEN), by_hand=True, in_z=True, second=True
-    ),
-    "adam-z": Method(_exact, in_z=True, from_z=True),
-    "muon-z": Method(_muon_exact, in_z=True, from_z=True),
-    "whiten-z": Method(_adam_whitened, in_z=True, from_z=True, second=True),
-    "whiten-muon-z": Method(_muon_whitened, in_z=True, from_z=True, second=True),
+    "whiten-by-hand": Method(_WHITEN_ADAM, by_hand=True, in_z=True, second=True),
+    "whiten-muon-by-hand": Method(_WHITEN_MUON, by_hand=True, in_z=True, second=True),
+    "adam-z": Method(bnp_optax.bnp_adam, in_z=True, from_z=True),
+    "muon-z": Method(_muon_in_z, in_z=True, from_z=True),
+    "whiten-z": Method(_WHITEN_ADAM, in_z=True, from_z=True, second=True),
+    "whiten-muon-z": Method(_WHITEN_MUON, in_z=True, from_z=True, second=True),
 }
 CONTESTANTS = (
     Contestant("adam", "Adam", 1e-2),
@@ -212,6 +173,14 @@ def train(
 
 
 @functools.cache
+def layers_of_network() -> dict[str, bnp_optax.Layer]:
+    """Of the network, by kernel."""
+    params = jax.eval_shape(Network().init, jax.random.key(0), jnp.zeros(2))["params"]
+    network = lambda params, x: Network().apply({"params": params}, x)  # noqa: E731
+    return bnp_optax.find_layers(network, params, jnp.zeros(2))
+
+
+@functools.cache
 def _compiled(name: str, contestant: str, steps: int) -> Callable[..., Float[Array, " points"]]:
     """One training, compiled once for all rates and seeds."""
     equation, method = EQUATIONS[name], METHODS[contestant]
@@ -227,7 +196,8 @@ def _compiled(name: str, contestant: str, steps: int) -> Callable[..., Float[Arr
     ) -> Float[Array, " points"]:
         captured = bnp_optax.value_and_grad(loss_fn, fixed=fixed, second_moments=method.second)
         schedule = rate if method.line_search else optax.cosine_decay_schedule(rate, steps)
-        tx = optax.with_extra_args_support(method.optimizer(schedule))
+        held = {"fixed": fixed, "layers": layers_of_network()} if method.from_z else {}
+        tx = optax.with_extra_args_support(method.optimizer(schedule, **held))
 
         def step(carry: Any, index: Array) -> tuple[Any, None]:
             params, state = carry

@@ -1,7 +1,10 @@
 """Every contestant of an application at the learning rate that its own search chooses."""
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ def conduct(
     tuning_seeds: int,
     steps: int,
     before: Mapping[str, Any] | None = None,
+    workers: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """The results, as what JSON can hold, each time that one more contestant has its own.
 
@@ -30,19 +34,35 @@ def conduct(
       tuning_seeds: Trainings at each rate of the search; the median chooses.
       steps: Length of a training.
       before: Results of the same settings: contestants that are in them are not trained again.
+      workers: Contestants at a time, each in a process of its own if more than one.
     """
     settings = {"steps": steps, "seeds": seeds, "tuning_seeds": tuning_seeds, "rates": list(RATES)}
     known: dict[str, Any] = {}
     if before is not None and all(before.get(name) == x for name, x in settings.items()):
-        known = before["contestants"]
-    found: dict[str, Any] = {}
-    for contestant in application.contestants:
-        found[contestant.name] = known.get(contestant.name) or _one(
-            application, contestant, seeds, tuning_seeds, steps
-        )
-        yield settings | {"contestants": found | {n: x for n, x in known.items() if n not in found}}
+        known = dict(before["contestants"])
+    names = [contestant.name for contestant in application.contestants]
+    missing = [contestant for contestant in application.contestants if contestant.name not in known]
+    one = functools.partial(_one, application, seeds=seeds, tuning_seeds=tuning_seeds, steps=steps)
+    for name, result in _completed(one, missing, workers):
+        known[name] = result
+        order = sorted(known, key=lambda n: names.index(n) if n in names else len(names))
+        yield settings | {"contestants": {n: known[n] for n in order}}
     # Whoever is not compared any more goes.
-    yield settings | {"contestants": found}
+    yield settings | {"contestants": {name: known[name] for name in names}}
+
+
+def _completed(
+    one: Callable[[Contestant], dict[str, Any]], contestants: Sequence[Contestant], workers: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Results by name, each as soon as it is there."""
+    if workers == 1:
+        yield from ((contestant.name, one(contestant)) for contestant in contestants)
+        return
+    # A fork of a process in which JAX runs may wait for ever.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        names = {pool.submit(one, contestant): contestant.name for contestant in contestants}
+        for future in as_completed(names):
+            yield names[future], future.result()
 
 
 def _one(

@@ -4,7 +4,7 @@ from benchmarks.problems.base import Data, Problem, Scale
 from benchmarks.problems.drift import drifting
 from benchmarks.problems.images import image_problems
 from benchmarks.problems.tabular import Inputs, table
-from benchmarks.problems.text import PYTHON, SKLEARN, next_character
+from benchmarks.problems.text import PYTHON, SKLEARN, next_character, next_character_deep
 
 __all__ = ["Data", "Problem", "Scale", "problems"]
 
@@ -29,5 +29,6 @@ def problems(scale: Scale) -> dict[str, Problem]:
         *(table("breast-cancer", inputs, scale) for inputs in both),
         next_character(PYTHON, scale),
         next_character(SKLEARN, scale),
+        next_character_deep(scale),
     ]
     return {problem.name: problem for problem in all_of_them}

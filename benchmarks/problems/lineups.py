@@ -67,6 +67,11 @@ TRANSFORMER = (
     "adamw_z_ln",
 )
 
+DEEP_TRANSFORMER = (
+    *("adamw", "muon", "layernorm_adamw", "layernorm_muon", "ready_adamw", "adamw_z"),
+    *("whiten_adam", "whiten_muon", "whiten_adam_ln", "whiten_muon_ln"),
+)
+
 # Problems on which nothing of the library was chosen: what its defaults replace, their rivals, and
 # the paper's options.
 HELD_OUT = (

@@ -132,11 +132,25 @@ def next_character(source: Source, scale: Scale) -> Problem:
         name="text-transformer" if source is PYTHON else f"text-{source.name}",
         title=f"Transformer, next character of {_TITLES[source.name]}, batch size {BATCH_SIZE}",
         load=source,
-        network=_network,
+        network=functools.partial(_network, width=64, depth=2),
         batch_size=BATCH_SIZE,
         steps=STEPS[scale],
         points=POINTS,
         methods=lineups.TRANSFORMER if source is PYTHON else lineups.HELD_OUT_TEXT,
+    )
+
+
+def next_character_deep(scale: Scale) -> Problem:
+    """Six blocks, twice as wide, for twice as many steps: for an accelerator."""
+    return Problem(
+        name="text-transformer-deep",
+        title=f"Transformer of 6 blocks, next character of Python code, batch size {BATCH_SIZE}",
+        load=PYTHON,
+        network=functools.partial(_network, width=128, depth=6),
+        batch_size=BATCH_SIZE,
+        steps=2 * STEPS[scale],
+        points=POINTS,
+        methods=lineups.DEEP_TRANSFORMER,
     )
 
 
@@ -173,8 +187,8 @@ def _texts(folder: str, modules: tuple[str, ...]) -> dict[str, str]:
     return texts
 
 
-def _network(norm: Norm, steps: int) -> CharTransformer:
+def _network(norm: Norm, steps: int, width: int, depth: int) -> CharTransformer:
     """The length of the run is not needed."""
     return CharTransformer(
-        vocabulary=len(CHARACTERS), width=64, depth=2, heads=4, context=CONTEXT, norm=norm
+        vocabulary=len(CHARACTERS), width=width, depth=depth, heads=4, context=CONTEXT, norm=norm
     )
