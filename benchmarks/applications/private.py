@@ -66,7 +66,7 @@ class Images(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Learner:
+class PrivateLearner:
     """A way to learn in private.
 
     Attributes:
@@ -139,7 +139,7 @@ def clipped_and_noised(
     return operator.mv(updates), state
 
 
-def compiled(learner: Learner, points: int) -> Callable[..., Array]:
+def compiled(learner: PrivateLearner, points: int) -> Callable[..., Array]:
     """`run(rate, noise, key, images, reference, keys)`: accuracy at so many points."""
     network = Network(learner.layer_norm)
 
@@ -238,7 +238,7 @@ def _train(
     return np.stack(found)
 
 
-def noise_of(learner: Learner, n: int, steps: int) -> float:
+def noise_of(learner: PrivateLearner, n: int, steps: int) -> float:
     """Of a training whose epsilon is `EPSILON`, with the release of moments if there is one."""
     return _noise(BATCH / n, steps, ROW_NOISE if learner.releases else None)
 
@@ -268,18 +268,18 @@ def _images(data_dir: Path | None, seed: int) -> Images:
 _compiled = functools.lru_cache(maxsize=1)(lambda name, points: compiled(LEARNERS[name], points))
 
 LEARNERS = {
-    "sgd": Learner(optax.sgd),
-    "adam": Learner(optax.adam),
-    "sgd-public": Learner(optax.sgd, "public"),
-    "adam-public": Learner(optax.adam, "public"),
-    "sgd-private": Learner(optax.sgd, "private"),
-    "adam-private": Learner(optax.adam, "private"),
-    "adam-public-layernorm": Learner(optax.adam, "public", layer_norm=True),
-    "adam-private-layernorm": Learner(optax.adam, "private", layer_norm=True),
-    "bnp-sgd-public": Learner(optax.sgd, statistics=("public", SGD_OPTIONS)),
-    "bnp-adam-public": Learner(optax.adam, statistics=("public", ADAM_OPTIONS)),
-    "bnp-sgd-private": Learner(optax.sgd, statistics=("private", SGD_OPTIONS)),
-    "bnp-adam-private": Learner(optax.adam, statistics=("private", ADAM_OPTIONS)),
+    "sgd": PrivateLearner(optax.sgd),
+    "adam": PrivateLearner(optax.adam),
+    "sgd-public": PrivateLearner(optax.sgd, "public"),
+    "adam-public": PrivateLearner(optax.adam, "public"),
+    "sgd-private": PrivateLearner(optax.sgd, "private"),
+    "adam-private": PrivateLearner(optax.adam, "private"),
+    "adam-public-layernorm": PrivateLearner(optax.adam, "public", layer_norm=True),
+    "adam-private-layernorm": PrivateLearner(optax.adam, "private", layer_norm=True),
+    "bnp-sgd-public": PrivateLearner(optax.sgd, statistics=("public", SGD_OPTIONS)),
+    "bnp-adam-public": PrivateLearner(optax.adam, statistics=("public", ADAM_OPTIONS)),
+    "bnp-sgd-private": PrivateLearner(optax.sgd, statistics=("private", SGD_OPTIONS)),
+    "bnp-adam-private": PrivateLearner(optax.adam, statistics=("private", ADAM_OPTIONS)),
 }
 
 CONTESTANTS = (
