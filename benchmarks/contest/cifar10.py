@@ -110,7 +110,7 @@ def main(
     rates: Literal["tuned", "usual"] = "tuned",
     out: pathlib.Path = pathlib.Path("results/cifar10.json"),
 ) -> int:
-    """Adam between P^T and P, and after it, on CIFAR-10 in 3000 steps; train, print, and save.
+    """Train on CIFAR-10, with Adam between P^T and P, and with Adam after P P^T.
 
     Args:
       data_dir: Folder with `cifar10.npz`; default: the environment variable BNP_DATA_DIR.

@@ -358,7 +358,7 @@ def measure_steps(config: Config, console: Console) -> dict[str, Any]:
 
 
 def main(config: Annotated[Config, tyro.conf.arg(name="")]) -> None:
-    """Measure and print."""
+    """Measure what the capture and BNP add to a step before it runs, and print tables."""
     # A table that is piped to a file need not fit a terminal.
     console = Console(width=None if sys.stdout.isatty() else 110)
     results = {

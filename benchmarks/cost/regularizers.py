@@ -98,7 +98,7 @@ def measure(tx: Any, in_z: bool) -> dict[str, float]:
 
 
 def main(out: pathlib.Path = pathlib.Path("results/regularizer_cost.json")) -> None:
-    """Measure and print.
+    """Measure what the regularizers cost, and print tables.
 
     Args:
       out: Where the numbers go, with their environment.

@@ -201,7 +201,7 @@ def table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
 
 
 def main(config: Annotated[Config, tyro.conf.arg(name="")]) -> None:
-    """Measure and print."""
+    """Measure what the capture costs in a transformer, and print tables."""
     # A table that is piped to a file need not fit a terminal.
     console = Console(width=None if sys.stdout.isatty() else 100)
     results = {}

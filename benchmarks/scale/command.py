@@ -85,7 +85,7 @@ def failures(rows: list[Row], tolerance: float) -> list[str]:
 
 
 def main(output: Path = OUTPUT, modes: tuple[str, ...] = (), tolerance: float = 1e-6) -> int:
-    """Measure every mode with every optimizer.
+    """Measure every mode of JAX on eight devices, with every optimizer.
 
     Args:
       output: The JSON file to write.

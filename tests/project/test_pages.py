@@ -7,7 +7,7 @@ import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Its blocks follow each other: tests/test_docs_scale.py.
+# Its blocks follow each other: tests/project/test_scale.py.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES.remove(ROOT / "docs" / "scale.md")
 
