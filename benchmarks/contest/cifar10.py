@@ -92,7 +92,7 @@ def table(title: str, rows: dict[str, list[dict[str, Any]]]) -> Table:
     return result
 
 
-def best_rate(trainer: Trainer, split: Split, advance: Callable[[], None]) -> float:
+def tuned_rate(trainer: Trainer, split: Split, advance: Callable[[], None]) -> float:
     """The rate of the grid with the best validation accuracy of those that stay finite."""
     scores = {}
     for rate in RATES:
@@ -144,7 +144,7 @@ def main(
                 for name in names:
                     trainer = Trainer(where, name, METHODS[name], data)
                     if rates == "tuned":
-                        rate = best_rate(trainer, data.validation, advance)
+                        rate = tuned_rate(trainer, data.validation, advance)
                     else:
                         rate = USUAL[name]
                     rows[name] = []

@@ -185,7 +185,7 @@ def tracing(problem: LossOnBatch, turns: int) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class CaptureConfig:
     """Sizes of the benchmark.
 
     Attributes:
@@ -220,7 +220,7 @@ def _shown(row: Any) -> str:
     return f"{row['ratio']:.2f}x ({low:.2f}-{high:.2f})"
 
 
-def measure_gradients(config: Config, console: Console) -> dict[str, Any]:
+def measure_gradients(config: CaptureConfig, console: Console) -> dict[str, Any]:
     """Tracing, FLOPs and bytes of the captured gradient."""
     problems = {
         f"transformer, {config.depth} blocks": transformer(config.depth, config.width, False),
@@ -267,7 +267,7 @@ def measure_kernels(console: Console) -> dict[str, Any]:
     return results
 
 
-def measure_compilation(config: Config, console: Console) -> dict[str, Any]:
+def measure_compilation(config: CaptureConfig, console: Console) -> dict[str, Any]:
     """Tracing and compilation of a transformer's step, and what the optimizer's state holds."""
     problem = transformer(config.compiled_depth, config.width, scanned=False)
     table = _table(
@@ -323,7 +323,7 @@ class Running:
         return peak_memory(self.step)
 
 
-def measure_steps(config: Config, console: Console) -> dict[str, Any]:
+def measure_steps(config: CaptureConfig, console: Console) -> dict[str, Any]:
     """Time, kernels and memory of training steps on this machine's device."""
     problems = {
         "ResNet-20, batch 128": classification(CifarResNet(20), (128, 32, 32, 3)),
@@ -357,7 +357,7 @@ def measure_steps(config: Config, console: Console) -> dict[str, Any]:
     return results
 
 
-def main(config: Annotated[Config, tyro.conf.arg(name="")]) -> None:
+def main(config: Annotated[CaptureConfig, tyro.conf.arg(name="")]) -> None:
     """Measure what the capture and BNP add to a step before it runs, and print tables."""
     # A table that is piped to a file need not fit a terminal.
     console = Console(width=None if sys.stdout.isatty() else 110)

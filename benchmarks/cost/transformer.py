@@ -68,7 +68,7 @@ class Transformer(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class TransformerConfig:
     """Sizes of the benchmark.
 
     Attributes:
@@ -137,7 +137,9 @@ def make_step(model: nn.Module, variant: CaptureVariant) -> tuple[Any, Callable[
     return tx, step
 
 
-def measure(config: Config, scanned: bool, console: Console) -> dict[str, dict[str, Any]]:
+def measure(
+    config: TransformerConfig, scanned: bool, console: Console
+) -> dict[str, dict[str, Any]]:
     """Every variant's costs."""
     model = Transformer(config.width, config.depth, scanned)
     shape = (config.batch_size, config.length + 1)
@@ -200,7 +202,7 @@ def table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
     return result
 
 
-def main(config: Annotated[Config, tyro.conf.arg(name="")]) -> None:
+def main(config: Annotated[TransformerConfig, tyro.conf.arg(name="")]) -> None:
     """Measure what the capture costs in a transformer, and print tables."""
     # A table that is piped to a file need not fit a terminal.
     console = Console(width=None if sys.stdout.isatty() else 100)

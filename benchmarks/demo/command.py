@@ -43,7 +43,7 @@ IMAGES = DemoPlan(steps=1000)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class DemoOptions:
     """Compare optimizers with and without batch normalization preconditioning (BNP).
 
     Attributes:
@@ -93,14 +93,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _options(args: Sequence[str]) -> Options:
+def _options(args: Sequence[str]) -> DemoOptions:
     """What the command line says, over the defaults that fit what it says."""
-    first = tyro.cli(Options, args=args, prog=PROGRAM)
+    first = tyro.cli(DemoOptions, args=args, prog=PROGRAM)
     plan = QUICK if first.quick else IMAGES if first.dataset != "digits" else DemoPlan()
-    return tyro.cli(Options, args=args, prog=PROGRAM, default=Options(plan=plan))
+    return tyro.cli(DemoOptions, args=args, prog=PROGRAM, default=DemoOptions(plan=plan))
 
 
-def _output(options: Options) -> Path:
+def _output(options: DemoOptions) -> Path:
     """Where the figure goes; its folder is made."""
     name = f"{options.dataset}-quick.png" if options.quick else f"{options.dataset}.png"
     out = options.out or Path("results/demo") / name

@@ -26,11 +26,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from benchmarks.data import DataError, Dataset, DatasetName, load, standardize
 from benchmarks.regularization import report
 from benchmarks.regularization.figure import FORMATS, save_figure
-from benchmarks.regularization.sweep import Block, SweepPlan, amount_of_work, compare
+from benchmarks.regularization.sweep import Compared, SweepPlan, amount_of_work, compare
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class RegularizationOptions:
     """Compare regularization in z-space with regularization in p.
 
     Attributes:
@@ -57,7 +57,9 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Run from the command line; returns the exit code."""
     try:
-        options = tyro.cli(Options, args=argv, prog="python -m benchmarks regularization")
+        options = tyro.cli(
+            RegularizationOptions, args=argv, prog="python -m benchmarks regularization"
+        )
         datasets = [_load(options, name) for name in dict.fromkeys(options.dataset)]
         if not datasets:
             msg = "`dataset` is empty; name at least one"
@@ -69,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     # A pipe has no width of its own, and the tables are at most this wide.
     console = Console() if sys.stdout.isatty() else Console(width=100)
-    blocks: list[Block] = []
+    blocks: list[Compared] = []
     for block in _run(options.plan, datasets, console):
         report.print_report(console, [block])
         blocks.append(block)
@@ -82,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _load(options: Options, name: DatasetName) -> Dataset:
+def _load(options: RegularizationOptions, name: DatasetName) -> Dataset:
     n_train, n_eval = (500, 600) if name == "digits" else (1000, 2000)
     n_train = n_train if options.train_size is None else options.train_size
     n_eval = n_eval if options.eval_size is None else options.eval_size
@@ -119,9 +121,9 @@ def _described(data: Dataset, inputs: str) -> dict[str, Any]:
     return {"name": data.name, "inputs": inputs, **sizes}
 
 
-def _run(plan: SweepPlan, datasets: Sequence[Dataset], console: Console) -> list[Block]:
+def _run(plan: SweepPlan, datasets: Sequence[Dataset], console: Console) -> list[Compared]:
     columns = TextColumn("Tuning and training"), BarColumn(), TimeElapsedColumn()
-    blocks: list[Block] = []
+    blocks: list[Compared] = []
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=amount_of_work(plan) * len(datasets))
         for data in datasets:

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from benchmarks.regularization.methods import GRADIENT_METHODS, L1_METHODS
 from benchmarks.regularization.report import curve
 from benchmarks.regularization.runs import NEAR_ZERO
-from benchmarks.regularization.sweep import Block
+from benchmarks.regularization.sweep import Compared
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -19,7 +19,7 @@ _DEPTH = 0.12
 _LEFT = (100, 50, 20, 10, 5, 2)
 
 
-def save_figure(blocks: Sequence[Block], seeds: int, path: Path) -> None:
+def save_figure(blocks: Sequence[Compared], seeds: int, path: Path) -> None:
     """Draw a row of two panels for each data set, and write the figure to `path`.
 
     Lines are means over seeds, bands reach from the lowest to the highest seed. Of the gradient
@@ -42,7 +42,7 @@ def save_figure(blocks: Sequence[Block], seeds: int, path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_gradient(axis: Any, block: Block) -> None:
+def _draw_gradient(axis: Any, block: Compared) -> None:
     best = 0.0
     for name, sweep in block.sweeps.items():
         method = GRADIENT_METHODS[name]
@@ -61,7 +61,7 @@ def _draw_gradient(axis: Any, block: Block) -> None:
     _finish(axis, f"Gradient regularization: {block.dataset}{noise}", best)
 
 
-def _draw_l1(axis: Any, block: Block) -> None:
+def _draw_l1(axis: Any, block: Compared) -> None:
     best = 0.0
     for name, sweep in block.sweeps.items():
         method = L1_METHODS[name]

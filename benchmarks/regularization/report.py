@@ -13,7 +13,7 @@ from rich.text import Text
 from benchmarks.environment import environment, plain
 from benchmarks.regularization.methods import GRADIENT_METHODS, L1_METHODS, Regularized
 from benchmarks.regularization.runs import NEAR_ZERO
-from benchmarks.regularization.sweep import TOLERANCE, Block, Point, Sweep, SweepPlan
+from benchmarks.regularization.sweep import TOLERANCE, Compared, Point, Sweep, SweepPlan
 
 LEVELS = (0.8, 0.9, 0.95)
 
@@ -38,7 +38,7 @@ _L1_PAIRS = (
 _COUNTS = (("exact zeros", False), (f"cut at {NEAR_ZERO:g}", True))
 
 
-def print_report(console: Console, blocks: Iterable[Block]) -> None:
+def print_report(console: Console, blocks: Iterable[Compared]) -> None:
     """Print, for each block, a table of the methods and one of who won."""
     for block in blocks:
         tables = _gradient_tables if block.comparison == "gradient" else _l1_tables
@@ -47,7 +47,7 @@ def print_report(console: Console, blocks: Iterable[Block]) -> None:
 
 
 def as_json(
-    plan: SweepPlan, blocks: Iterable[Block], datasets: list[dict[str, Any]]
+    plan: SweepPlan, blocks: Iterable[Compared], datasets: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """All numbers and the environment they were measured in; those not finite become None."""
     return plain(
@@ -106,7 +106,7 @@ def accuracy_at(sweep: Sweep, level: float, cut: bool) -> np.ndarray:
     )
 
 
-def _methods(block: Block) -> Mapping[str, Regularized]:
+def _methods(block: Compared) -> Mapping[str, Regularized]:
     return GRADIENT_METHODS if block.comparison == "gradient" else L1_METHODS
 
 
@@ -115,7 +115,7 @@ def _point(point: Point) -> dict[str, Any]:
     return {name: getattr(point, name) for name in sorted(kept)} | point.measured._asdict()
 
 
-def _gradient_tables(block: Block) -> Iterable[Table]:
+def _gradient_tables(block: Compared) -> Iterable[Table]:
     noise = f", {100 * block.label_noise:g}% wrong labels" if block.label_noise else ""
     table = _table(f"Gradient regularization: {block.dataset}{noise}", "method")
     for name in ("rate", "strength", "test acc., % (range)", "train loss", "‖∇L‖", "λmax(H)"):
@@ -148,7 +148,7 @@ def _gradient_tables(block: Block) -> Iterable[Table]:
     yield _verdict(_GRADIENT_PAIRS, GRADIENT_METHODS, ("test acc., %",), [accuracies])
 
 
-def _l1_tables(block: Block) -> Iterable[Table]:
+def _l1_tables(block: Compared) -> Iterable[Table]:
     table = _table(f"L1 and pruning: {block.dataset}; in %", "method")
     for name in ("rate", "strength", "zeros", f"below {NEAR_ZERO:g}", "test acc. (range)"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -141,7 +141,7 @@ class Sweep:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Compared:
     """One comparison on one data set.
 
     Attributes:
@@ -162,7 +162,7 @@ def amount_of_work(plan: SweepPlan) -> int:
     return len(plan.label_noise) * len(GRADIENT_METHODS) + len(L1_METHODS)
 
 
-def compare(plan: SweepPlan, dataset: Dataset, advance: Callable[[], None]) -> list[Block]:
+def compare(plan: SweepPlan, dataset: Dataset, advance: Callable[[], None]) -> list[Compared]:
     """Make both comparisons on `dataset`; gradient regularization once for each label noise."""
     sweeps = _Sweeps(plan, dataset)
     blocks = []
@@ -177,14 +177,14 @@ def compare(plan: SweepPlan, dataset: Dataset, advance: Callable[[], None]) -> l
         for noise in plan.label_noise:
             job = functools.partial(sweeps.gradient, dataset=with_wrong_labels(dataset, noise))
             found = dict(pool.map(functools.partial(done, job=job), GRADIENT_METHODS))
-            blocks.append(Block("gradient", dataset.name, noise, found))
+            blocks.append(Compared("gradient", dataset.name, noise, found))
         bases: tuple[Base, ...] = ("adam", "bnp_adam")
         rates = dict(zip(bases, pool.map(sweeps.tuned, bases), strict=True))
         job = functools.partial(sweeps.l1, rates=rates)
         found = dict(pool.map(functools.partial(done, job=job), L1_METHODS))
     floor = found["l1_p"][0].score - TOLERANCE
     l1 = {name: Sweep(name, points, _sparsest(points, floor)) for name, points in found.items()}
-    return [*blocks, Block("l1", dataset.name, 0.0, l1)]
+    return [*blocks, Compared("l1", dataset.name, 0.0, l1)]
 
 
 def with_wrong_labels(dataset: Dataset, share: float, seed: int = 0) -> Dataset:

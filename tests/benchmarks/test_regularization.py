@@ -195,7 +195,7 @@ def test_subgradient_adds_signs_to_kernels():
 
 
 def test_wrong_labels_are_wrong_and_as_many_as_asked():
-    options = command.Options(train_size=200)
+    options = command.RegularizationOptions(train_size=200)
     data = command._load(options, "digits")
     noisy = with_wrong_labels(data, 0.2)
     assert np.sum(noisy.train.y != data.train.y) == 40
@@ -267,4 +267,4 @@ def test_missing_data_and_unwritable_output_get_one_line(capsys, tmp_path):
 
 
 def test_defaults_can_be_built():
-    assert SweepPlan() == command.Options().plan
+    assert SweepPlan() == command.RegularizationOptions().plan

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.cost import capture
-from benchmarks.cost.capture import METHODS, PLAIN, Config, classification, mlp, transformer
+from benchmarks.cost.capture import METHODS, PLAIN, CaptureConfig, classification, mlp, transformer
 from benchmarks.networks.resnet import CifarResNet
 
 
@@ -55,7 +55,7 @@ def test_the_whole_benchmark_on_a_small_network(tmp_path, monkeypatch, capsys):
     for name in ("transformer", "classification", "mlp"):
         monkeypatch.setattr(capture, name, lambda *_, **__: small)
     out = tmp_path / "cost.json"
-    capture.main(Config(turns=1, compiled_turns=1, steps=1, out=out))
+    capture.main(CaptureConfig(turns=1, compiled_turns=1, steps=1, out=out))
     results = json.loads(out.read_text())["results"]
     assert set(results) == {"gradients", "kernels", "compilation", "steps"}
     for rows in (results["gradients"], results["kernels"], results["compilation"]):

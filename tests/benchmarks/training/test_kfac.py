@@ -144,7 +144,7 @@ def test_a_package_that_works_is_available(fake):
 
 
 def test_no_optax_transformation_is_made():
-    with pytest.raises(RuntimeError, match=r"train with `benchmarks\.kfac\.KfacTrainer`"):
+    with pytest.raises(RuntimeError, match=r"train with `benchmarks\.training\.kfac\.KfacTrainer`"):
         METHODS["kfac"].make(0.1, None)
 
 
