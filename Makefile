@@ -6,14 +6,16 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-all lint notebooks docs package clean
 
 demo: $(VENV)/installed-bench
-	$(BIN)/python -m benchmarks.demo $(ARGS)
+	$(BIN)/python -m benchmarks demo $(ARGS)
 
 # What a change is most likely to break, in some minutes on two cores. XLA compiles in a hurry: this is about results
 # that hold either way. `test-all` leaves nothing out.
-CORE := bnp capture_names drop_in drop_in_states errors flax_nnx identity statistics training tree without_flax zspace
+CORE := capture/test_flax_nnx capture/test_names capture/test_statistics capture/test_tree errors/test_statistics \
+	preconditioners/test_bnp project/test_identity project/test_without_flax training/test_drop_in \
+	training/test_drop_in_states training/test_train_state transforms/test_zspace
 test: $(VENV)/installed-test
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest --numprocesses auto \
-		-m 'not slow' $(CORE:%=tests/test_%.py) $(ARGS)
+		-m 'not slow' $(CORE:%=tests/%.py) $(ARGS)
 
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)

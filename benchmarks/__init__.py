@@ -1,5 +1,5 @@
-"""Comparisons of optimizers with and without batch normalization preconditioning.
+"""Comparisons of ways to train, on real data: `python -m benchmarks --help` lists the commands.
 
-`python -m benchmarks.demo` runs the demonstration; `data`, `models`, `methods` and `train` are
-parts to build other comparisons of.
+Folders, each of which uses those before it: `networks`, `problems`, `training`; then what is
+compared, `contest`, `demo`, `cost`, `regularization`, `scale` and `applications`.
 """

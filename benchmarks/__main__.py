@@ -1,115 +1,89 @@
-"""A contest of ways to train: `python -m benchmarks run`, `report`, `cost`; and more.
+"""All benchmarks: `python -m benchmarks COMMAND`, and `--help` for what there is."""
 
-    python -m benchmarks run                                  # what needs no files
-    python -m benchmarks run --problems 'fc-cifar10-*' --data-dir DIR
-    python -m benchmarks report
-    python -m benchmarks cost
-    python -m benchmarks scale
-    python -m benchmarks applications
-
-A run that was stopped, or killed, goes on with the same command: each training is kept as soon as
-it is done.
-"""
-
-import math
+import importlib
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import NamedTuple
 
 import tyro
-from rich.console import Console
 
-from benchmarks import campaign, cost, scale
-from benchmarks import problems as registry
-from benchmarks.applications import command as applications
-from benchmarks.campaign import Choice, matching
-from benchmarks.methods import METHODS, RATES
-from benchmarks.problems import Scale
-from benchmarks.runner import SettingsError
-from benchmarks.write_report import report as write_report
-
-RESULTS = Path("results/contest")
+PROGRAM = "python -m benchmarks"
 
 
-def run(
-    problems: tuple[str, ...] = ("*digits*", "tabular-*", "friedman-*", "text-*"),
-    methods: tuple[str, ...] = (),
-    scale: Scale = "small",
-    seeds: int = 3,
-    rates: tuple[float, ...] = RATES,
-    data_dir: Path | None = None,
-    results: Path = RESULTS,
-    workers: int = 2,
-    show: bool = False,
-) -> int:
-    """Tune and train each method on each problem, and keep every result.
+class Command(NamedTuple):
+    """A command.
 
-    Args:
-      problems: Names or patterns, such as 'fc-cifar10-*'.
-      methods: Names or patterns; if not given, those that the problem names.
-      scale: 'small' is for CPUs; 'paper' has the paper's networks, data sizes and lengths.
-      seeds: Runs at the rate that is chosen.
-      rates: Grid of learning rates, the same for all.
-      data_dir: Folder of the .npz files; the environment variable BNP_DATA_DIR if not given.
-      results: Folder of the results, a file for each problem and method.
-      workers: Trainings at a time.
-      show: Only list the problems, their methods, and what has been done.
+    Attributes:
+      does: What it does, in a line.
+      module: Where it is; imported when the command is called.
+      function: What is called. Its parameters are the options of the command line.
+      parses: Whether it takes the command line itself, as a list of strings.
     """
-    # A pipe has no width of its own.
-    console = Console() if sys.stdout.isatty() else Console(width=100)
-    known = registry.problems(scale)
-    try:
-        names = matching(known, problems, "problem")
-        chosen = matching(METHODS, methods, "method") if methods else None
-        if seeds < 1 or workers < 1:
-            msg = f"`seeds` and `workers` must be at least 1, got {seeds} and {workers}"
-            raise ValueError(msg)
-        if not rates or not all(0.0 < rate < math.inf for rate in rates):
-            msg = f"`rates` must be positive and finite, at least one, got {rates}"
-            raise ValueError(msg)
-        choice = Choice(
-            problems=[known[name] for name in names],
-            methods={name: tuple(chosen or known[name].methods) for name in names},
-            scale=scale,
-            grid=tuple(sorted(set(rates))),
-            seeds=seeds,
-            results=results,
-        )
-        if show:
-            campaign.show(choice, console)
-            return 0
-        return 0 if campaign.conduct(choice, data_dir, workers, console) else 2
-    except (ValueError, SettingsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+
+    does: str
+    module: str
+    function: str = "main"
+    parses: bool = False
 
 
-def report(results: Path = RESULTS, output: Path | None = None) -> int:
-    """Write the tables and figures of the results that are there.
+COMMANDS = {
+    "run": Command("tune and train methods on problems: the contest", "contest.command", "run"),
+    "report": Command("tables and figures of the contest", "contest.command", "report"),
+    "need": Command("does a problem need it: one batch beside who won", "contest.need"),
+    "cifar10": Command("Adam between P^T and P, and after it, 3000 steps", "contest.cifar10"),
+    "demo": Command("a comparison in two minutes on a laptop", "demo.command", parses=True),
+    "cost": Command("what a training step costs, beside BatchNorm's", "cost.step"),
+    "cost-capture": Command("what the capture adds before a step runs", "cost.capture"),
+    "cost-regularizer": Command("what the regularizers cost", "cost.regularizers"),
+    "cost-transformer": Command("what the capture costs in a transformer", "cost.transformer"),
+    "cost-whiten": Command("what whitening costs over SGD", "cost.whiten"),
+    "regularization": Command(
+        "regularization in z beside that in p", "regularization.command", parses=True
+    ),
+    "scale": Command("many devices against one, in every mode of JAX", "scale.command"),
+    "applications": Command("where normalization cannot go", "applications.command"),
+    "plasticity": Command(
+        "why a learner of many tasks stops learning", "applications.plasticity", parses=True
+    ),
+}
 
-    Args:
-      results: Folder of the results.
-      output: Folder of report.md and its figures; that of the results if not given.
-    """
-    folder = output or results
-    print(write_report(results, folder))
-    return 0
+
+def usage() -> str:
+    """What there is."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{command.does}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} COMMAND [OPTIONS]",
+            "",
+            "Comparisons of ways to train.",
+            "",
+            *lines,
+            "",
+            f"{PROGRAM} COMMAND --help lists the options of a command.",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    commands = {
-        "run": run,
-        "report": report,
-        "cost": cost.main,
-        "scale": scale.main,
-        "applications": applications.main,
-    }
-    return tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="python -m benchmarks")
+    name, *options = (sys.argv[1:] if argv is None else list(argv)) or [""]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    # Only what the command needs is imported: other benchmarks need other packages.
+    module = importlib.import_module(f"benchmarks.{command.module}")
+    function = getattr(module, command.function)
+    if command.parses:
+        return function(options) or 0
+    return tyro.cli(function, args=options, prog=f"{PROGRAM} {name}") or 0
 
 
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "Agg"
     sys.exit(main())

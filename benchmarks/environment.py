@@ -1,12 +1,14 @@
-"""The environment that a number was measured in."""
+"""The environment that a number was measured in, and numbers as JSON has them."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def environment() -> dict[str, Any]:
@@ -21,6 +23,19 @@ def environment() -> dict[str, Any]:
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
         "commit": _commit(),
     }
+
+
+def plain(value: Any, digits: int) -> Any:
+    """What JSON can hold: floats with so many digits, or None for those that are not finite."""
+    if isinstance(value, dict):
+        return {key: plain(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, digits) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist(), digits)
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return value
 
 
 def _cpu_name() -> str:

@@ -4,13 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib as mpl
 from rich.console import Console
 
 from benchmarks.applications import continual, pinn, private, search, streaming
 from benchmarks.applications.base import Application
 from benchmarks.applications.report import as_table, draw
-from benchmarks.campaign import matching
+from benchmarks.contest.campaign import matching
 from benchmarks.environment import environment
 
 RESULTS = Path("results/applications")
@@ -49,7 +48,6 @@ def main(
       results: Folder of the results.
       workers: Contestants at a time, each in a process of its own if more than one.
     """
-    mpl.use("Agg")
     console = Console() if sys.stdout.isatty() else Console(width=100)
     known = registry(data_dir)
     try:

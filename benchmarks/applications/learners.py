@@ -25,7 +25,7 @@ Inputs = Literal["raw", "welford", "running"]
 class Decay(NamedTuple):
     """Strength of weight decay on each stream, chosen on a seed of its own.
 
-    `python -m benchmarks.applications.plasticity decay` prints what was chosen from.
+    `python -m benchmarks plasticity decay` prints what was chosen from.
     """
 
     permuted: float

@@ -51,7 +51,7 @@ class Network(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class PinnMethod:
     """How a contestant trains.
 
     Attributes:
@@ -81,17 +81,17 @@ _WHITEN_ADAM, _WHITEN_MUON = (
     for make in (bnp_optax.whiten_adam, bnp_optax.whiten_muon)
 )
 METHODS = {
-    "adam": Method(optax.adam),
-    "adam-by-hand": Method(optax.adam, by_hand=True),
-    "muon-by-hand": Method(optax.contrib.muon, by_hand=True),
-    "lbfgs-by-hand": Method(optax.lbfgs, by_hand=True, line_search=True),
-    "bnp-adam-by-hand": Method(bnp_optax.bnp_adam, by_hand=True, in_z=True),
-    "whiten-by-hand": Method(_WHITEN_ADAM, by_hand=True, in_z=True, second=True),
-    "whiten-muon-by-hand": Method(_WHITEN_MUON, by_hand=True, in_z=True, second=True),
-    "adam-z": Method(bnp_optax.bnp_adam, in_z=True, from_z=True),
-    "muon-z": Method(_muon_in_z, in_z=True, from_z=True),
-    "whiten-z": Method(_WHITEN_ADAM, in_z=True, from_z=True, second=True),
-    "whiten-muon-z": Method(_WHITEN_MUON, in_z=True, from_z=True, second=True),
+    "adam": PinnMethod(optax.adam),
+    "adam-by-hand": PinnMethod(optax.adam, by_hand=True),
+    "muon-by-hand": PinnMethod(optax.contrib.muon, by_hand=True),
+    "lbfgs-by-hand": PinnMethod(optax.lbfgs, by_hand=True, line_search=True),
+    "bnp-adam-by-hand": PinnMethod(bnp_optax.bnp_adam, by_hand=True, in_z=True),
+    "whiten-by-hand": PinnMethod(_WHITEN_ADAM, by_hand=True, in_z=True, second=True),
+    "whiten-muon-by-hand": PinnMethod(_WHITEN_MUON, by_hand=True, in_z=True, second=True),
+    "adam-z": PinnMethod(bnp_optax.bnp_adam, in_z=True, from_z=True),
+    "muon-z": PinnMethod(_muon_in_z, in_z=True, from_z=True),
+    "whiten-z": PinnMethod(_WHITEN_ADAM, in_z=True, from_z=True, second=True),
+    "whiten-muon-z": PinnMethod(_WHITEN_MUON, in_z=True, from_z=True, second=True),
 }
 CONTESTANTS = (
     Contestant("adam", "Adam", 1e-2),

@@ -1,7 +1,7 @@
 """Why a network stops learning: what its units, weights and steps are after many tasks.
 
-    python -m benchmarks.applications.plasticity          # the table
-    python -m benchmarks.applications.plasticity decay    # which strength of decay suits whom
+    python -m benchmarks plasticity          # the table
+    python -m benchmarks plasticity decay    # which strength of decay suits whom
 
 The stream is that of `continual-permuted`. Units, weights and steps are measured at the end of each
 task, on its last thousand examples; the table has means over the last ten tasks and the seeds.
@@ -10,7 +10,6 @@ task, on its last thousand examples; the table has means over the last ten tasks
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ import bnp_optax
 from benchmarks.applications import tasks
 from benchmarks.applications.continual import LAST, compiled
 from benchmarks.applications.learners import LEARNERS, WIDTH, Learner, Network, undecayed
+from benchmarks.contest.tables import table
 from benchmarks.environment import environment
-from benchmarks.tables import table
 
 # None of those that are reported.
 _CHOOSING = 1000
@@ -34,7 +33,7 @@ _HIDDEN = "Dense_1/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class TableOptions:
     """Accuracy, and what goes with its loss.
 
     Attributes:
@@ -51,7 +50,7 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decay:
+class DecayOptions:
     """Accuracy in the last tasks of the streams by rate and strength, on a seed of their own.
 
     Attributes:
@@ -144,7 +143,7 @@ def rows() -> Iterator[tuple[str, Learner, float]]:
         yield label, LEARNERS[name], 3e-3
 
 
-def tabulate(config: Table) -> None:
+def tabulate(config: TableOptions) -> None:
     """Print what goes with the loss of plasticity, a row as soon as it is there, and keep it."""
     pool = tasks.images(config.data_dir)
     found = []
@@ -172,7 +171,7 @@ def as_table(found: list[dict[str, Any]]) -> str:
     return table(header, lines)
 
 
-def choose(config: Decay) -> None:
+def choose(config: DecayOptions) -> None:
     """Print the accuracy of each learner that decays at its best rate, for each strength."""
     pool = tasks.images(config.data_dir)
     header = ["", *(f"decay {strength:g}" for strength in config.strengths)]
@@ -198,14 +197,10 @@ def _range(values: list[float]) -> str:
     return f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if arguments[:1] == ["decay"]:
-        choose(tyro.cli(Decay, args=arguments[1:], description=__doc__))
+    prog = "python -m benchmarks plasticity"
+    if argv[:1] == ["decay"]:
+        choose(tyro.cli(DecayOptions, args=argv[1:], prog=f"{prog} decay", description=__doc__))
     else:
-        tabulate(tyro.cli(Table, args=arguments, description=__doc__))
-
-
-if __name__ == "__main__":
-    main()
+        tabulate(tyro.cli(TableOptions, args=argv, prog=prog, description=__doc__))

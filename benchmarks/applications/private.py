@@ -48,14 +48,14 @@ FLOOR = 1e-2
 Source = Literal["raw", "public", "private"]
 
 
-class Moments(NamedTuple):
+class ReleasedMoments(NamedTuple):
     """Mean and variance of each pixel."""
 
     mean: Float[np.ndarray, " pixels"]
     var: Float[np.ndarray, " pixels"]
 
 
-class Images(NamedTuple):
+class PrivateImages(NamedTuple):
     """What a training has."""
 
     x: Float[np.ndarray, "private pixels"]
@@ -66,7 +66,7 @@ class Images(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Learner:
+class PrivateLearner:
     """A way to learn in private.
 
     Attributes:
@@ -101,7 +101,7 @@ class Network(nn.Module):
         return nn.Dense(10)(x)
 
 
-def released_moments(x: Float[np.ndarray, "n pixels"], seed: int) -> Moments:
+def released_moments(x: Float[np.ndarray, "n pixels"], seed: int) -> ReleasedMoments:
     """Mean and variance by the Gaussian mechanism, one release of all rows (x, x^2).
 
     One example changes their sum by ROW_CLIP at most; how many there are is public.
@@ -113,10 +113,10 @@ def released_moments(x: Float[np.ndarray, "n pixels"], seed: int) -> Moments:
     mean, square = np.split((rows.sum(axis=0) + noise) / len(x), 2)
     # All that is done to what was released is free.
     mean = np.clip(mean, 0.0, 1.0)
-    return Moments(mean, np.clip(square - mean**2, 0.0, 0.25))
+    return ReleasedMoments(mean, np.clip(square - mean**2, 0.0, 0.25))
 
 
-def drawn(moments: Moments, n: int, seed: int) -> Float[np.ndarray, "n pixels"]:
+def drawn(moments: ReleasedMoments, n: int, seed: int) -> Float[np.ndarray, "n pixels"]:
     """Images that stand for the private ones in P: each pixel normal, by itself."""
     normal = np.random.default_rng(seed).normal(size=(n, len(moments.mean)))
     return (moments.mean + np.sqrt(moments.var) * normal).astype(np.float32)
@@ -139,7 +139,7 @@ def clipped_and_noised(
     return operator.mv(updates), state
 
 
-def compiled(learner: Learner, points: int) -> Callable[..., Array]:
+def compiled(learner: PrivateLearner, points: int) -> Callable[..., Array]:
     """`run(rate, noise, key, images, reference, keys)`: accuracy at so many points."""
     network = Network(learner.layer_norm)
 
@@ -152,7 +152,7 @@ def compiled(learner: Learner, points: int) -> Callable[..., Array]:
 
     @jax.jit
     def run(
-        rate: Any, noise: Any, key: Array, images: Images, reference: Array, keys: Array
+        rate: Any, noise: Any, key: Array, images: PrivateImages, reference: Array, keys: Array
     ) -> Any:
         chance = BATCH / len(images.y)
         first, noise_key = jax.random.split(key)
@@ -218,7 +218,7 @@ def _train(
         noise = noise_of(learner, len(images.y), steps)
         released = released_moments(images.x, seed)
         sources = {
-            "public": Moments(images.public.mean(0), images.public.var(0)),
+            "public": ReleasedMoments(images.public.mean(0), images.public.var(0)),
             "private": released,
         }
         reference = images.public
@@ -238,7 +238,7 @@ def _train(
     return np.stack(found)
 
 
-def noise_of(learner: Learner, n: int, steps: int) -> float:
+def noise_of(learner: PrivateLearner, n: int, steps: int) -> float:
     """Of a training whose epsilon is `EPSILON`, with the release of moments if there is one."""
     return _noise(BATCH / n, steps, ROW_NOISE if learner.releases else None)
 
@@ -249,14 +249,14 @@ def _noise(chance: float, steps: int, once: float | None) -> float:
 
 
 @functools.lru_cache(maxsize=4)
-def _images(data_dir: Path | None, seed: int) -> Images:
+def _images(data_dir: Path | None, seed: int) -> PrivateImages:
     """Rates are chosen on one half of the test images, and reported on the other."""
     train, test = data.read("fashion_mnist", data_dir)
     order = np.random.default_rng(seed).permutation(len(train.y))
     n_public = min(N_PUBLIC, len(order) // 4)
     public, private = order[:n_public], order[n_public:][:N_PRIVATE]
     half = slice(1 if seed >= TUNING_SEED else 0, None, 2)
-    return Images(
+    return PrivateImages(
         halved(train.x[private]),
         train.y[private],
         halved(train.x[public]),
@@ -268,18 +268,18 @@ def _images(data_dir: Path | None, seed: int) -> Images:
 _compiled = functools.lru_cache(maxsize=1)(lambda name, points: compiled(LEARNERS[name], points))
 
 LEARNERS = {
-    "sgd": Learner(optax.sgd),
-    "adam": Learner(optax.adam),
-    "sgd-public": Learner(optax.sgd, "public"),
-    "adam-public": Learner(optax.adam, "public"),
-    "sgd-private": Learner(optax.sgd, "private"),
-    "adam-private": Learner(optax.adam, "private"),
-    "adam-public-layernorm": Learner(optax.adam, "public", layer_norm=True),
-    "adam-private-layernorm": Learner(optax.adam, "private", layer_norm=True),
-    "bnp-sgd-public": Learner(optax.sgd, statistics=("public", SGD_OPTIONS)),
-    "bnp-adam-public": Learner(optax.adam, statistics=("public", ADAM_OPTIONS)),
-    "bnp-sgd-private": Learner(optax.sgd, statistics=("private", SGD_OPTIONS)),
-    "bnp-adam-private": Learner(optax.adam, statistics=("private", ADAM_OPTIONS)),
+    "sgd": PrivateLearner(optax.sgd),
+    "adam": PrivateLearner(optax.adam),
+    "sgd-public": PrivateLearner(optax.sgd, "public"),
+    "adam-public": PrivateLearner(optax.adam, "public"),
+    "sgd-private": PrivateLearner(optax.sgd, "private"),
+    "adam-private": PrivateLearner(optax.adam, "private"),
+    "adam-public-layernorm": PrivateLearner(optax.adam, "public", layer_norm=True),
+    "adam-private-layernorm": PrivateLearner(optax.adam, "private", layer_norm=True),
+    "bnp-sgd-public": PrivateLearner(optax.sgd, statistics=("public", SGD_OPTIONS)),
+    "bnp-adam-public": PrivateLearner(optax.adam, statistics=("public", ADAM_OPTIONS)),
+    "bnp-sgd-private": PrivateLearner(optax.sgd, statistics=("private", SGD_OPTIONS)),
+    "bnp-adam-private": PrivateLearner(optax.adam, statistics=("private", ADAM_OPTIONS)),
 }
 
 CONTESTANTS = (

@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.applications.base import Application
-from benchmarks.summary import Range, against
-from benchmarks.tables import table
+from benchmarks.contest.summary import Range, against
+from benchmarks.contest.tables import table
 
 
 def as_table(application: Application, results: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.applications.base import Application, Contestant
-from benchmarks.tuning import best_rate, next_rate
+from benchmarks.training.tuning import best_rate, next_rate
 
 # Three to a decade, the same for all.
 RATES = tuple(float(f"{x}e{e}") for e in range(-6, 1) for x in (1, 3))

@@ -114,7 +114,7 @@ Inputs = Literal["raw", "running", "warm-up"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class StreamMethod:
     """How a contestant learns.
 
     Attributes:
@@ -136,7 +136,7 @@ class Method:
 
 
 # Of `stream-x`, whose optimizer is `obgd`.
-_BOUNDED = Method(inputs="running", layer_norm=True, bounded=True)
+_BOUNDED = StreamMethod(inputs="running", layer_norm=True, bounded=True)
 
 
 def _in_z(rate: Any) -> Any:
@@ -150,17 +150,17 @@ def _from_z(rate: Any) -> Any:
 
 
 METHODS = {
-    "adam": Method(),
-    "adam-warm-up": Method(inputs="warm-up"),
-    "adam-running": Method(inputs="running"),
-    "norm": Method(layer_norm=True),
-    "norm-warm-up": Method(inputs="warm-up", layer_norm=True),
-    "norm-running": Method(inputs="running", layer_norm=True),
+    "adam": StreamMethod(),
+    "adam-warm-up": StreamMethod(inputs="warm-up"),
+    "adam-running": StreamMethod(inputs="running"),
+    "norm": StreamMethod(layer_norm=True),
+    "norm-warm-up": StreamMethod(inputs="warm-up", layer_norm=True),
+    "norm-running": StreamMethod(inputs="running", layer_norm=True),
     "stream-x": _BOUNDED,
-    "z": Method(_in_z, in_z=True),
-    "from-z": Method(_from_z, in_z=True, from_z=True),
-    "from-z-norm": Method(_from_z, layer_norm=True, in_z=True, from_z=True),
-    "z-running": Method(_in_z, inputs="running", in_z=True),
+    "z": StreamMethod(_in_z, in_z=True),
+    "from-z": StreamMethod(_from_z, in_z=True, from_z=True),
+    "from-z-norm": StreamMethod(_from_z, layer_norm=True, in_z=True, from_z=True),
+    "z-running": StreamMethod(_in_z, inputs="running", in_z=True),
 }
 
 

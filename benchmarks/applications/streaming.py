@@ -25,9 +25,9 @@ from benchmarks.applications.base import Application
 from benchmarks.applications.stream_methods import (
     CONTESTANTS,
     METHODS,
-    Method,
     Moments,
     Network,
+    StreamMethod,
     by_error,
     obgd,
 )
@@ -38,7 +38,7 @@ _CARTPOLE_DISCOUNT, _ENTROPY = 0.99, 0.01
 _KAPPA = {"actor": 3.0, "critic": 2.0}
 
 
-class Learner(NamedTuple):
+class StreamState(NamedTuple):
     """What a learner carries.
 
     Attributes:
@@ -54,13 +54,16 @@ class Learner(NamedTuple):
     inputs: Moments
 
 
-def networks(method: Method, outputs: dict[str, int]) -> dict[str, Network]:
+def networks(method: StreamMethod, outputs: dict[str, int]) -> dict[str, Network]:
     """A network for each name and number of outputs."""
     return {name: Network(n, method.layer_norm, method.bounded) for name, n in outputs.items()}
 
 
 def begin(
-    method: Method, outputs: dict[str, int], key: PRNGKeyArray, observations: Float[Array, "k n"]
+    method: StreamMethod,
+    outputs: dict[str, int],
+    key: PRNGKeyArray,
+    observations: Float[Array, "k n"],
 ) -> tuple[Any, Any]:
     """Initial values, and the statistics that are held, if any."""
     nets = networks(method, outputs)
@@ -79,12 +82,12 @@ def begin(
     return bnp_optax.start_in_zspace(loss_fn, params, [observations])
 
 
-def features(method: Method, moments: Moments, observation: Float[Array, " n"]) -> Array:
+def features(method: StreamMethod, moments: Moments, observation: Float[Array, " n"]) -> Array:
     """What the networks get of an observation."""
     return observation if method.inputs == "raw" else moments.standardized(observation)
 
 
-def make_optimizer(method: Method, rate: Any, names: Sequence[str]) -> Any:
+def make_optimizer(method: StreamMethod, rate: Any, names: Sequence[str]) -> Any:
     """Of the traces, with `error=`."""
     if not method.bounded:
         return by_error(method.optimizer(rate))
@@ -93,31 +96,31 @@ def make_optimizer(method: Method, rate: Any, names: Sequence[str]) -> Any:
 
 
 def learn(
-    method: Method,
+    method: StreamMethod,
     tx: Any,
     captured: Callable[..., Any],
-    learner: Learner,
+    learner: StreamState,
     error: Float[Array, ""],
     forget: Float[Array, ""] | float,
     *args: Any,
-) -> Learner:
+) -> StreamState:
     """One update of the traces and the parameters; `args` are the loss's."""
     params, state, traces, moments = learner
     _, grads, stats = captured(params, *args)
     traces = jax.tree.map(lambda trace, grad: forget * trace + grad, traces, grads)
     extra = {"layer_stats": stats} if method.in_z else {}
     updates, state = tx.update(traces, state, params, error=error, **extra)
-    return Learner(optax.apply_updates(params, updates), state, traces, moments)
+    return StreamState(optax.apply_updates(params, updates), state, traces, moments)
 
 
-def _seen(method: Method, moments: Moments, observation: Array) -> Moments:
+def _seen(method: StreamMethod, moments: Moments, observation: Array) -> Moments:
     return moments.add(observation) if method.inputs == "running" else moments
 
 
 # ---- Prediction: the value of a plant's states ----
 
 
-def _prediction(method: Method, steps: int) -> Callable[..., Float[Array, " points"]]:
+def _prediction(method: StreamMethod, steps: int) -> Callable[..., Float[Array, " points"]]:
     """One stream."""
     net = networks(method, {"critic": 1})["critic"]
     tests = jax.random.normal(jax.random.key(5), (500, 4))
@@ -169,7 +172,7 @@ def _plant_stream(key_data: int) -> tuple[Array, Array]:
 # ---- Control: the cart and the pole ----
 
 
-def _control(method: Method, steps: int) -> Callable[..., Float[Array, " points"]]:
+def _control(method: StreamMethod, steps: int) -> Callable[..., Float[Array, " points"]]:
     """One stream of episodes."""
     nets = networks(method, {"actor": 2, "critic": 1})
 
@@ -221,7 +224,7 @@ def _control(method: Method, steps: int) -> Callable[..., Float[Array, " points"
     return run
 
 
-def _scaled(method: Method, gain: Any, ended: Array) -> tuple[Any, Array]:
+def _scaled(method: StreamMethod, gain: Any, ended: Array) -> tuple[Any, Array]:
     """The reward of a step, 1, such that values are of order 1.
 
     The longest life is worth 1 / (1 - discount), which all may know; the stream-x recipe divides by
@@ -254,16 +257,16 @@ def _cartpole_stream(key_data: int) -> tuple[Array, Array]:
 # ---- Both ----
 
 
-def _captured(method: Method, loss_fn: Callable[..., Any], fixed: Any) -> Callable[..., Any]:
+def _captured(method: StreamMethod, loss_fn: Callable[..., Any], fixed: Any) -> Callable[..., Any]:
     """`bnp_optax.value_and_grad`, for whom has use for statistics."""
     if method.in_z:
         return bnp_optax.value_and_grad(loss_fn, fixed=fixed)
     return lambda *args: (*jax.value_and_grad(loss_fn)(*args), {})
 
 
-def _learner(tx: Any, params: Any, observations: Array) -> Learner:
+def _learner(tx: Any, params: Any, observations: Array) -> StreamState:
     traces = jax.tree.map(jnp.zeros_like, params)
-    return Learner(params, tx.init(params), traces, Moments.of(observations))
+    return StreamState(params, tx.init(params), traces, Moments.of(observations))
 
 
 def _keys(key: PRNGKeyArray, steps: int) -> PRNGKeyArray:

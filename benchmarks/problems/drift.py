@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from benchmarks.models import MLP, Norm
+from benchmarks.networks.small import MLP, Norm
 from benchmarks.problems import lineups
 from benchmarks.problems.base import Problem, Scale
 from benchmarks.problems.images import DIGITS, PAPER, SMALL, Images, fully_connected_network

@@ -11,14 +11,14 @@ import jax
 import numpy as np
 
 from benchmarks import data
-from benchmarks.cnn import PaperCNN
 from benchmarks.data import DataError, Dataset, FileName, Split
-from benchmarks.models import MLP, Norm, convolve_patches
+from benchmarks.networks.paper_cnn import PaperCNN
+from benchmarks.networks.resnet import CifarResNet, ResNet18
+from benchmarks.networks.small import MLP, Norm, convolve_patches
 from benchmarks.problems import hub, lineups
 from benchmarks.problems.augmentation import CropAndFlip, Falling
 from benchmarks.problems.base import Data, Problem, Scale
 from benchmarks.problems.record import as_data
-from benchmarks.resnet import CifarResNet, ResNet18
 
 Name = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet"]
 Inputs = Literal["raw", "standardized"]

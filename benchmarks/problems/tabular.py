@@ -20,7 +20,7 @@ from sklearn.model_selection import train_test_split
 
 from benchmarks import data
 from benchmarks.data import Dataset, Split
-from benchmarks.models import MLP, Norm
+from benchmarks.networks.small import MLP, Norm
 from benchmarks.problems import lineups
 from benchmarks.problems.base import Data, Problem, Scale, Task
 from benchmarks.problems.record import as_data

@@ -13,11 +13,11 @@ import sklearn
 from jaxtyping import Int
 
 from benchmarks.data import DataError, Dataset, Split
-from benchmarks.models import Norm
+from benchmarks.networks.small import Norm
+from benchmarks.networks.transformer import CharTransformer
 from benchmarks.problems import lineups
 from benchmarks.problems.base import Data, Problem, Scale
 from benchmarks.problems.record import as_data
-from benchmarks.transformer import CharTransformer
 
 CONTEXT = 64
 BATCH_SIZE = 16

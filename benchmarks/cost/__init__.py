@@ -1,0 +1,1 @@
+"""What things cost: FLOPs, bytes, memory, compilation and time."""

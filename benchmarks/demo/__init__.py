@@ -1,0 +1,1 @@
+"""The demonstration: a small comparison on a laptop, `make demo`."""

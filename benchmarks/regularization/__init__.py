@@ -1,0 +1,1 @@
+"""Regularization in z-space beside regularization in p."""

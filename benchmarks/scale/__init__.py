@@ -1,0 +1,1 @@
+"""Many devices against one, in every mode of JAX."""

@@ -1,0 +1,1 @@
+"""What the tests share: oracles, networks to train, and what is checked of each."""
