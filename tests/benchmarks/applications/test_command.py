@@ -95,8 +95,6 @@ def test_contestants_in_processes_of_their_own():
     *_, alone = search.conduct(APPLICATION, 2, 1, 4)
     *_, beside = search.conduct(APPLICATION, 2, 1, 4, workers=2)
     assert list(beside["contestants"]) == [one.name for one in APPLICATION.contestants]
-        contestant.name for contestant in APPLICATION.contestants
-    ]
     for name, one in beside["contestants"].items():
         assert one["scores"] == alone["contestants"][name]["scores"]
         assert one["curves"][0][0] != os.getpid()
