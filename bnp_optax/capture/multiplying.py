@@ -76,9 +76,13 @@ class Multiplying(Following):
             self.alter(view, view.altered)
             return
         inputs = self.measured(found, mark)
+        rows_from = self.rows_from(found, inputs)
         if trusted and mark is not None:
             of_patches = products.patches(found, mark.var, self.options)
-            found, inputs = (of_patches, mark.var) if of_patches else (found, inputs)
+            if of_patches is not None:
+                # Its rows are the patches, which the map would have to be made into again.
+                rows_from = self.before_casts(found.inputs)
+                found, inputs = of_patches, mark.var
         left, right = eqn.invars[:2]
         kernel = self.numbers.atom(self.env, left if right is product_inputs else right)
         view, entries = found.view, []
@@ -97,7 +101,7 @@ class Multiplying(Following):
                 inner=None,
                 product=found,
                 inputs=inputs,
-                rows_from=self.rows_from(found, inputs),
+                rows_from=rows_from,
                 varying=self.varies(inputs),
                 rows=(self.numbers.atom(self.env, inputs), kernel),
                 input_axes=input_axes,

@@ -143,7 +143,8 @@ def patches(found: Product, named: Any, options: Options) -> Product | None:
     kernel, shape = found.view.before, named.aval.shape
     n_spatial = 0 if kernel is None else len(kernel.shape) - 2
     is_map = n_spatial > 0 and len(shape) == n_spatial + 2 == len(found.inputs.aval.shape)
-    if kernel is None or not is_map or tuple(found.summed) != (0,):
+    found_rows = found.rows
+    if kernel is None or found_rows is None or not is_map or tuple(found.summed) != (0,):
         return None
     n_channels, window = kernel.shape[-2], math.prod(kernel.shape[:-1])
     if shape[-1] != n_channels or found.inputs.aval.shape[-1] != window:
@@ -152,12 +153,16 @@ def patches(found: Product, named: Any, options: Options) -> Product | None:
     if options.conv_statistics == "patch":
         return None  # The product's own inputs are the patches.
     axis_of = (*(None,) * n_spatial, len(shape) - 1, None)
+
+    def unflattened(x: Any) -> Any:
+        return x.reshape((*kernel.shape[:-1], 1) if x.shape[0] == window else (1,) * (last + 1))
+
     return dataclasses.replace(
         found,
         view=kernel,
         inputs=named,
         measure=lambda x, weights: moments.contraction(x, axis_of, weights, options),
-        rows=None,
+        rows=lambda x, weights, n: found_rows(x, weights, n).map(unflattened),
         summed=range(last),
         varying=(last - 1,),
         out_axes=[None if axis is None else last for axis in found.out_axes],

@@ -263,7 +263,8 @@ class _Tracer(Multiplying):
                 continue
             for use in uses:
                 use.inner, use.inputs = None, mark.var
-                same = mark.var.aval.shape == use.product.inputs.aval.shape
+                rows_from = inner.rows_from
+                same = rows_from is not None and rows_from.aval.shape == mark.var.aval.shape
                 use.rows_from = mark.var if same else None
                 steps = (*use.piece.steps, *inner.piece.steps)
                 use.piece = dataclasses.replace(use.piece, steps=steps)

@@ -105,6 +105,62 @@ def test_convolutions(padding, strides, dilation):
     assert_of_rows(linen(module, x), rows.reshape(len(rows), -1))
 
 
+def by_patches(x, kernel, strides, padding, **_):
+    """A convolution as a product of patches, cut out one place of the window after the other."""
+    rows, columns, channels, out = kernel.shape
+    pads = jax.lax.padtype_to_pads(x.shape[1:3], (rows, columns), strides, padding)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    n = [(x.shape[1 + i] - kernel.shape[i]) // strides[i] + 1 for i in range(2)]
+    cut = [
+        x[:, i : i + strides[0] * n[0] : strides[0], j : j + strides[1] * n[1] : strides[1]]
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    flat = kernel.reshape(rows * columns * channels, out)
+    return jnp.concatenate(cut, -1) @ flat
+
+
+def by_laxs_patches(x, kernel, strides, padding, **_):
+    """The same by JAX's patches, whose channels come first."""
+    found = jax.lax.conv_general_dilated_patches(
+        x, kernel.shape[:2], strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return found @ kernel.transpose(2, 0, 1, 3).reshape(-1, kernel.shape[-1])
+
+
+def of_convolution(x, statistics, padding, **options):
+    module = nn.Conv(4, (3, 2), (2, 1), padding=padding, **options)
+    params = module.init(jax.random.key(0), x)["params"]
+
+    def loss_fn(p, x):
+        return jnp.mean(module.apply({"params": p}, x) ** 2)
+
+    return captured(loss_fn, params, x, conv_statistics=statistics)["kernel"]
+
+
+# Of JAX's patches, in another order than the kernel's, there are statistics by entry alone.
+@pytest.mark.parametrize(
+    ("convolve", "statistics"),
+    [(by_patches, "channel"), (by_patches, "patch"), (by_laxs_patches, "patch")],
+)
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_convolutions_that_are_products_of_patches(convolve, statistics, padding):
+    x = draw(0, 3, 6, 5, 2)
+    ours = of_convolution(x, statistics, padding, conv_general_dilated=convolve)
+    expected = of_convolution(x, statistics, padding)
+    for name in ("mean", "var", "second_moment", "covariance", "rows_mean"):
+        pair = getattr(ours, name), getattr(expected, name)
+        np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_patches_that_a_function_of_its_own_cuts_out():
+    def convolve(x, kernel, strides, padding, **_):
+        return jax.jit(lambda x, kernel: by_patches(x, kernel, strides, padding))(x, kernel)
+
+    with pytest.raises(ValueError, match="takes its inputs in another form than the layer got"):
+        of_convolution(draw(0, 3, 6, 5, 2), "channel", "SAME", conv_general_dilated=convolve)
+
+
 @pytest.mark.parametrize("groups", [2, 4])
 def test_a_block_for_each_group_of_a_convolution(groups):
     x = draw(0, 3, 5, 5, 4)
