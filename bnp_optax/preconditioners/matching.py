@@ -20,8 +20,9 @@ _HOW_TO_PASS = (
     "does not pass them on); `layer_stats=None` reuses the running ones."
 )
 _DROPPED = (
-    " If you did, a wrapper dropped it: `optax.MultiSteps` inside a chain does; use "
-    "`bnp_optax.multi_steps` in its place."
+    " If you did, what is around dropped it: `optax.MultiSteps` inside a chain does (use "
+    "`bnp_optax.multi_steps` in its place), and `in_zspace` keeps it from what runs in z, whose "
+    "inputs it does not describe (make one P of two by `bnp_optax.compose`)."
 )
 _FIND_LAYERS = "`layers=bnp_optax.find_layers(loss_fn, params, ...)`"
 

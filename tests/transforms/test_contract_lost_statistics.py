@@ -170,3 +170,18 @@ def test_averaged_layer_stats_give_the_step_of_the_full_batch(accumulate: Any) -
         one = tx.update(grads, state, problem.params, layer_stats=stats)
         two = tx.update(mean_grads, state, problem.params, layer_stats=mean_stats)
         assert_close(two, one, rtol=1e-3, atol=1e-5)
+
+
+def test_an_optimizer_in_z_inside_another_is_told_to_compose():
+    params = {"kernel": jnp.ones((3, 2))}
+
+    def loss_fn(p):
+        return jnp.mean((jnp.arange(6.0).reshape(2, 3) @ p["kernel"]) ** 2)
+
+    _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params)
+    tx = bnp_optax.in_zspace(bnp_optax.bnp_adam(1e-3), bnp_optax.bnp())
+    with pytest.raises(ValueError, match=r"left out.*make one P of two by `bnp_optax\.compose`"):
+        tx.update(grads, tx.init(params), params, layer_stats=stats)
+    both = bnp_optax.compose(bnp_optax.rms(), bnp_optax.bnp())
+    composed = bnp_optax.in_zspace(optax.sgd(1e-3), both)
+    composed.update(grads, composed.init(params), params, layer_stats=stats)
