@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.contest import cells, regret, units
+from benchmarks.contest import cells, per_second, regret, units
 from benchmarks.contest.claims import Claim, claims
 from benchmarks.contest.curves import GROUPS, group_of, place, save_figures
 from benchmarks.contest.summary import Contest, contests
@@ -43,6 +43,8 @@ def write(results: Path, output: Path) -> str:
             parts += ["## The paper's claims", _claims(checked)]
         parts += regret.section(compared)
         parts += units.section(compared)
+        costs = per_second.read_costs(results.parent / "whiten_cost.json")
+        parts += per_second.section(compared, costs)
         parts += _sections(compared, figures)
         if replicates:
             parts += ["## Learning rates beside the paper's Tables 2 and 3", rates(compared)]
