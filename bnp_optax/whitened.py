@@ -26,7 +26,7 @@ from bnp_optax.transforms.zspace import in_zspace
 
 @takes_options(whiten)
 def whiten_adam(
-    learning_rate: optax.ScalarOrSchedule = 0.03,
+    learning_rate: optax.ScalarOrSchedule = 0.01,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
@@ -41,7 +41,8 @@ def whiten_adam(
 
     Args:
       learning_rate: Step size >= 0, or a schedule of it. The default is for batches of 16 to 128;
-        about sqrt(N / 60) times that for a smaller batch of N.
+        about sqrt(N / 60) times that for a smaller batch of N. Convolutional networks at large
+        batches and transformers with LayerNorm bear three times that.
       b1: Decay of the first moment, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
       eps: Added to the root of the second moment, >= 0.
@@ -83,7 +84,7 @@ def whiten_adam(
 
 @takes_options(whiten)
 def whiten_muon(
-    learning_rate: optax.ScalarOrSchedule = 0.003,
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
     momentum: ArrayLike = 0.95,
     nesterov: bool = True,
     b1: ArrayLike = 0.9,
@@ -96,7 +97,8 @@ def whiten_muon(
 
     Args:
       learning_rate: Step size >= 0, or a schedule of it, on the scale of Adam's. The default is for
-        batches of 16 to 128; about sqrt(N / 60) times that for a smaller batch of N.
+        batches of 16 to 128; about sqrt(N / 60) times that for a smaller batch of N. Convolutional
+        networks at large batches and transformers with LayerNorm want three times that.
       momentum: Decay of the momentum, in [0, 1).
       nesterov: Whether to use Nesterov momentum.
       b1: Adam's.

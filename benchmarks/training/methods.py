@@ -16,9 +16,12 @@ from benchmarks.networks.small import Norm
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 MOMENTUM = 0.9
 # The documented rates of the ready-made optimizers.
-SGD, ADAM, ADAMW = (
+SGD, ADAM, ADAMW, WHITEN_ADAM, WHITEN_MUON = (
     inspect.signature(make).parameters["learning_rate"].default
-    for make in (bnp_optax.bnp_sgd, bnp_optax.bnp_adam, bnp_optax.bnp_adamw)
+    for make in (
+        *(bnp_optax.bnp_sgd, bnp_optax.bnp_adam, bnp_optax.bnp_adamw),
+        *(bnp_optax.whiten_adam, bnp_optax.whiten_muon),
+    )
 )
 # Decoupled, of AdamW and of Muon; on the scales and offsets of the four improvements, L2.
 WEIGHT_DECAY = 1e-2
@@ -192,17 +195,21 @@ METHODS: dict[str, Method] = {
     ),
     "adamw_z_ln": Method("AdamW in z + LayerNorm", "layer", _in_z(_adamw), True, _SKY, "-", 1e-3),
     "whiten_adam": Method(
-        "Adam in z (whitened)", "none", _whiten_adam, True, _BLUE, ":", 3e-2, second_moments=True
+        *("Adam in z (whitened)", "none", _whiten_adam, True, _BLUE, ":", WHITEN_ADAM),
+        second_moments=True,
     ),
     "whiten_muon": Method(
-        "Muon in z (whitened)", "none", _whiten_muon, True, _YELLOW, ":", 3e-3, second_moments=True
+        *("Muon in z (whitened)", "none", _whiten_muon, True, _YELLOW, ":", WHITEN_MUON),
+        second_moments=True,
     ),
     "whiten_adam_ln": Method(
-        *("Adam in z (whitened) + LayerNorm", "layer", _whiten_adam, True, _BLUE, "-.", 3e-2),
+        *("Adam in z (whitened) + LayerNorm", "layer", _whiten_adam, True, _BLUE, "-."),
+        WHITEN_ADAM,
         second_moments=True,
     ),
     "whiten_muon_ln": Method(
-        *("Muon in z (whitened) + LayerNorm", "layer", _whiten_muon, True, _YELLOW, "-.", 3e-3),
+        *("Muon in z (whitened) + LayerNorm", "layer", _whiten_muon, True, _YELLOW, "-."),
+        WHITEN_MUON,
         second_moments=True,
     ),
     # Variants of it: which of its parts matter.
