@@ -59,7 +59,8 @@ def whiten(
       damping: >= 0, relative to the mean eigenvalue of C.
       decay: rho in [0, 1), of the running statistics.
       refresh_every: C is decomposed in every so many steps, and after the first, second, fourth,
-        eighth, and so on; in between P stays, but for mu. A decomposition costs O(n^3).
+        eighth, and so on; in between P stays, but for mu. A decomposition costs O(n^3), and on a
+        GPU, where each layer waits for the one before, far more time than that: raise it there.
       rank: Number of eigenvectors that are kept in layers of a fan-in above `max_fan_in`; on their
         complement C counts as a multiple of the identity.
       max_fan_in: The largest fan-in whose whole covariance is kept and decomposed. In a wider layer
