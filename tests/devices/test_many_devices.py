@@ -26,8 +26,7 @@ FIRST = {"bnp_adam", "zspace_grad_reg"}
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_ends_where_one_device_does(mode, optimizer):
-    training = MODES[mode](OPTIMIZERS[optimizer], False)
-    found = train(training)
+    found = train(MODES[mode](OPTIMIZERS[optimizer], False))
     start = jax.tree.leaves(training.initial())
     assert error(start, reference(optimizer)) > 1e-2
     assert error(found, reference(optimizer)) < TOLERANCE
