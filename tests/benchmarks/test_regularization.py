@@ -50,7 +50,7 @@ def tiny(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # These programs take a second each to compile, and milliseconds to run.
         fast = {"xla_backend_optimization_level": 0}
-        patch.setattr(runs, "_compiled", lambda lowered: lowered.compile(compiler_options=fast))
+        patch.setattr(runs, "compile_many", lambda lowered: lowered.compile(compiler_options=fast))
         lines = []
         patch.setattr(report.Console, "print", lambda self, *a, **k: lines.extend(a))
         args = [text for name, values in TINY.items() for text in (f"--{name}", *map(str, values))]
@@ -227,7 +227,7 @@ def test_verdict_needs_more_than_the_standard_error():
 
 
 def test_compiled_program_is_the_function():
-    program = runs._compiled(jax.jit(lambda x: 2 * x).lower(jnp.ones(3)))
+    program = runs.compile_many(jax.jit(lambda x: 2 * x).lower(jnp.ones(3)))
     assert program(jnp.ones(3)).tolist() == [2.0, 2.0, 2.0]
 
 
