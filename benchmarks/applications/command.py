@@ -71,6 +71,8 @@ def main(
         found = {}
         done = search.conduct(application, seeds, tuning_seeds, length, before, workers)
         for found in done:
+            if before is not None and found["contestants"] == before["contestants"]:
+                continue  # Nothing is new, not the environment either.
             path.write_text(json.dumps(about | found, indent=1))
         draw(application, found, results / f"{name}.png")
         text = f"# {application.title}\n\n{as_table(application, found)}\n"

@@ -68,6 +68,11 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "toy.png").stat().st_size > 0
     assert "| Ours | 0.03 |" in capsys.readouterr().out
     calls.clear()
+    kept = (tmp_path / "toy.json").read_text().replace('"jax"', '"jax of then"')
+    (tmp_path / "toy.json").write_text(kept)
+    assert command.main(seeds=2, results=tmp_path) == 0
+    assert not calls
+    assert (tmp_path / "toy.json").read_text() == kept  # With the environment of then.
     assert command.main(seeds=3, results=tmp_path) == 0
     assert {name for name, _, _ in calls} == set(ERRORS)
 
