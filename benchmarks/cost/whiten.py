@@ -262,14 +262,14 @@ def timed(problem: ModelOnBatch, turns: int) -> dict[str, dict[str, float]]:
 def newton_root(
     matrices: Float[Array, "*b n n"], damping: Float[Array, "*b"], power: int, steps: int = 30
 ) -> Float[Array, "*b n n"]:
-    """(A + damping I)^(-1/power) by the coupled Newton iteration.
+    """(A + damping I)^(-1/power), power 2 or 4, by the coupled Newton iteration.
 
     Source: Guo and Higham, "A Schur-Newton method for the matrix p-th root and its inverse", 2006.
     """
     eye = jnp.broadcast_to(jnp.eye(matrices.shape[-1], dtype=matrices.dtype), matrices.shape)
     damped = matrices + damping[..., None, None] * eye
     dot = functools.partial(jnp.matmul, precision="highest")
-    # Between the largest eigenvalue and n times it, by the Frobenius norm of a power.
+    # The Frobenius norm is no less than the largest eigenvalue, as convergence needs.
     scale = (1 + power) / (2 * jnp.linalg.norm(damped, axis=(-2, -1)))[..., None, None]
 
     def step(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
