@@ -122,11 +122,10 @@ def _layers_of(
 ) -> Iterator[tuple[str, _OfLayer]]:
     named = {} if updates is None else named_leaves(updates)
     for state in bnp_states(opt_state):
-        found = scalings(state)
-        for name, (inv_q, entered, rejected, *_) in named_leaves(state.numbers).items():
-            entries = found[name].diagonal * inv_q
-            in_z = named[name] / entries if name in named else None
-            yield name, _OfLayer(found[name].gain, inv_q, entered, rejected, in_z)
+        for name, scaling in scalings(state).items():
+            of = scaling.numbers
+            in_z = named[name] / (scaling.diagonal * of.inv_q) if name in named else None
+            yield name, _OfLayer(scaling.gain, of.inv_q, of.entered, of.rejected, in_z)
     for state in whiten_states(opt_state):
         found = roots(state)
         in_z = _whitened(found, layers, updates)

@@ -25,7 +25,9 @@ from bnp_optax.preconditioners.bnp_operator import BNPOperator, BNPState
 from bnp_optax.preconditioners.fixed import check_fixed, held_statistics
 from bnp_optax.preconditioners.layout import layers_of
 from bnp_optax.preconditioners.matching import LEFT_OUT, check_same_layers, match_statistics
-from bnp_optax.preconditioners.running import Batch, Rule, Running, Variance, moved
+from bnp_optax.preconditioners.numbers import START
+from bnp_optax.preconditioners.running import Batch, Options, Rule, Running, Variance, moved
+from bnp_optax.preconditioners.together import together
 from bnp_optax.statistics import Layer, LayerStats
 
 # Of the layers together per example, at which q = 1 where all have one q.
@@ -179,9 +181,6 @@ def bnp(
     def eps() -> Array:
         return _vector(eps_rel, eps_abs, *([] if shrinkage is None else [shrinkage]))
 
-    # As `BNPState` has them. The start, mean 0 and variance 1, is worth one example.
-    numbers = (1.0, 0.0, 0.0, 0.0, 1.0, *([] if shrinkage is None else [1.0]))
-
     def init(params: Any) -> BNPState:
         found, leaves = layers_of(params, layers), named_leaves(params)
 
@@ -190,12 +189,19 @@ def bnp(
             return fitted(array, leaves[name])
 
         check_fixed(held, found)
-        start = {n: Running(full(0.0, n), full(1.0, n), _vector(*numbers)) for n in found}
+        start = {n: Running(full(0.0, n), full(1.0, n), START.vector()) for n in found}
         for name, stats in held.items():
             layer, kernel = found[name], leaves[name]
             var = stats.total_variance + (0.0 if layer.bias else stats.mean**2)
-            counts = (1.0, math.inf, 0.0, 0.0, jnp.max(var), 0.0)[: len(numbers)]
-            start[name] = Running(fitted(stats.mean, kernel), fitted(var, kernel), _vector(*counts))
+            held_numbers = START._replace(
+                entered=math.inf,
+                largest_var=jnp.max(var),
+                inv_sample=0.0,
+                shift=jnp.mean(stats.mean**2 / var) if layer.bias else 0.0,
+            )
+            start[name] = Running(
+                fitted(stats.mean, kernel), fitted(var, kernel), held_numbers.vector()
+            )
         ambiguous = {name: _may_vary_elsewhere(layer, layers) for name, layer in found.items()}
         return BNPState(
             mean=_at(params, {n: of.mean for n, of in start.items() if found[n].bias}),
@@ -207,7 +213,7 @@ def bnp(
 
     def rules_of(matched: Mapping[str, tuple[Layer, LayerStats]]) -> dict[str, Rule]:
         sizes = {n: (layer.fan_in, stats.layer.positions) for n, (layer, stats) in matched.items()}
-        options = (variance, warm_start, shrinkage is not None)
+        options = (variance, warm_start, shrinkage is not None, scale_bias)
         q_of = _whole_network(matched) if scale == "network" else None
         # c is of the layer's own positions in any case.
         return {
@@ -232,18 +238,23 @@ def bnp(
         # Both are needed, or a donated state would not be donated whole.
         new_eps, _ = jax.lax.optimization_barrier((eps(), old.eps))
         new = BNPState({}, {}, {}, {}, new_eps)
-        rules = rules_of(matched)
-        for name, (layer, stats) in matched.items():
+        options = Options(decay, 1.0 - decay, eps_rel, eps_abs, shrinkage, max_ratio, batch_size)
+        came, shapes = {}, {}
+        for name, (_, stats) in matched.items():
             stats = jax.lax.stop_gradient(stats)
             mean = _widened(old.mean[name], stats) if name in old.mean else None
             var = _widened(old.var[name], stats)
             stats = jax.tree.map(functools.partial(_placed, like=var), stats)
-            mean, var, new.numbers[name] = moved(
-                Running(mean, var, old.numbers[name]),
-                Batch.of(stats),
-                *(decay, 1.0 - decay, max_ratio, batch_size),
-                rule=rules[name],
-            )
+            arrived = (Running(mean, var, old.numbers[name]), Batch.of(stats))
+            # Without axes of size 1 more layers have one shape.
+            came[name] = jax.tree.map(functools.partial(_without_ones, like=var), arrived)
+            shapes[name] = var.shape
+        found = together(
+            lambda rule, *args: moved(*args, options, rule=rule), came, rules_of(matched)
+        )
+        for name, (layer, _) in matched.items():
+            mean, var, new.numbers[name] = found[name]
+            mean, var = jax.tree.map(lambda x: x.reshape(shapes[name]), (mean, var))  # noqa: B023
             if mean is not None:
                 new.mean[name] = mean
             new.var[name] = var
@@ -300,6 +311,12 @@ def _widened(array: Array, stats: LayerStats) -> Array:
 def _placed(x: Array, like: Array) -> Array:
     """Statistics that came, sharded as the running ones; the count is of no layout."""
     return fitted(x, like) if x.ndim else x
+
+
+def _without_ones(x: Array, like: Array) -> Array:
+    """An array of as many axes as `like` without those where that has size 1."""
+    ones = tuple(axis for axis, size in enumerate(like.shape) if size == 1)
+    return jnp.squeeze(x, ones) if x.ndim == like.ndim else x
 
 
 def _whole_network(matched: Mapping[str, tuple[Layer, LayerStats]]) -> tuple[float, float]:

@@ -12,7 +12,9 @@ from bnp_optax._tree import named_leaves, quoted, replace_leaves
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners import centering
 from bnp_optax.preconditioners.base import Operator
+from bnp_optax.preconditioners.centering import Entries
 from bnp_optax.preconditioners.layout import layers_of
+from bnp_optax.preconditioners.numbers import Numbers, floored, shrunk
 
 # The units of the data, which the layers' gains make up for, are not those of other parameters.
 _MAX_GAIN = 10.0
@@ -31,12 +33,7 @@ class BNPState(NamedTuple):
       mean: At kernels with a bias, the running mean mu, which broadcasts against the kernel.
       var: At all kernels, the running variance sigma^2, of the same shape; the mean square where
         there is no bias.
-      numbers: At all kernels, five numbers: 1 / q, 1 before the first statistics; how many batches
-        entered the running statistics, inf where they are `fixed` and P has no floor; how many
-        batches did not, as they were not finite or had a negative
-        variance; N, the largest of those that entered, or `batch_size`; and the largest running
-        variance, which the next step and this one's floor both need. With `shrinkage` a sixth: c,
-        where 1 / c examples are what the running statistics are worth.
+      numbers: At all kernels, the vector of `Numbers`.
       inputs: At kernels whose statistics vary along an axis that is not summed over, such as that
         of stacked layers, or may do so: the axes that are, where bit i stands for axis i.
       eps: `eps_rel` and `eps_abs`, by which sigma~ exceeds sigma; and `shrinkage`, if any.
@@ -53,25 +50,26 @@ class Scaling(NamedTuple):
     """D of one layer.
 
     Attributes:
-      mean: mu; None in a layer without a bias, of which D has no entry for the bias.
+      mean: mu, or w mu; None in a layer without a bias, of which D has no entry for the bias.
       diagonal: 1 / sigma~, broadcasts against the kernel; 1 before the first statistics.
-      inv_q: 1 / q, the factor of P.
+      numbers: Of the layer.
       inputs: As in `BNPState`; None where all axes of the statistics are summed over.
-      held: Whether the statistics are `fixed`.
-      mean_square: Mean of mu^2 over the inputs, where it is known; else None.
     """
 
     mean: Array | None
     diagonal: Array
-    inv_q: Float[Array, ""]
+    numbers: Numbers
     inputs: Float[Array, ""] | None
-    held: Bool[Array, ""]
-    mean_square: Float[Array, ""] | None = None
+
+    @property
+    def held(self) -> Bool[Array, ""]:
+        """Whether the statistics are `fixed`."""
+        return jnp.isinf(self.numbers.entered)
 
     @property
     def gain(self) -> Float[Array, ""]:
         """Root mean square of the kernel's entries of P."""
-        return self.inv_q * jnp.sqrt(jnp.mean(self.diagonal**2))
+        return self.numbers.inv_q * jnp.sqrt(jnp.mean(self.diagonal**2))
 
 
 def scalings(state: BNPState) -> dict[str, Scaling]:
@@ -79,61 +77,26 @@ def scalings(state: BNPState) -> dict[str, Scaling]:
     means, variances, numbers, inputs = map(named_leaves, state[:-1])
 
     def scaling(name: str, var: Array) -> Scaling:
-        axes = inputs.get(name)
-        inv_q, entered, *_ = numbers[name]
-        mean, square = means.get(name), None
-        if len(state.eps) > 2:  # With `shrinkage`.
-            mean, floored, square = shrunk(mean, var, axes, numbers[name][5], state.eps)
-        else:
-            # Step 3.
-            largest = numbers[name][4] if axes is None else over_inputs(jnp.max, var, axes)
-            floored = var + state.eps[0] * largest + state.eps[1]
-        held = jnp.isinf(entered)
-        floored = jnp.where(held, var, floored)
-        diagonal = jnp.where(entered > 0, jax.lax.rsqrt(floored), 1.0)
-        return Scaling(mean, diagonal, inv_q, axes, held, square)
+        of, axes, mean = Numbers(*numbers[name]), inputs.get(name), means.get(name)
+        floor = of.floor if axes is None else _floor_of_groups(mean, var, of, axes, state.eps)
+        diagonal = jax.lax.rsqrt(floored(mean, var, of.weight, floor))
+        return Scaling(None if mean is None else of.weight * mean, diagonal, of, axes)
 
     return {name: scaling(name, var) for name, var in variances.items()}
 
 
-class Shrunk(NamedTuple):
-    """Running statistics, shrunk by their sample size.
-
-    Attributes:
-      mean: w mu; None without a bias.
-      floored: sigma~^2.
-      mean_square: Mean over the inputs of (w mu)^2; None where there is no mean, or several.
-    """
-
-    mean: Array | None
-    floored: Array
-    mean_square: Float[Array, ""] | None
-
-
-def shrunk(
-    mean: Array | None,
-    var: Array,
-    inputs: Float[Array, ""] | None,
-    inv_size: Float[Array, ""],
-    eps: Float[Array, "3"],
-) -> Shrunk:
-    """As if k examples more had mean 0 and the variance that the layer's inputs have on average."""
-    eps_rel, eps_abs, k = eps
-    weight = 1.0 / (1.0 + k * inv_size)
-    square = None
-    if mean is None:
-        average = over_inputs(jnp.mean, var, inputs)
-    elif inputs is None:
-        # Both in one reduction, of which each is two kernels or three on a CPU.
-        both = jnp.stack([var, mean**2])
-        average, square = jnp.mean(both, axis=tuple(range(1, both.ndim)))
-        average, square = average + (1.0 - weight) ** 2 * square, weight**2 * square
+def _floor_of_groups(
+    mean: Array | None, var: Array, numbers: Numbers, inputs: Float[Array, ""], eps: Array
+) -> Array:
+    """The floor of each group or stacked layer, of which `numbers` has that of all together."""
+    eps_rel, eps_abs, *with_shrinkage = eps
+    if with_shrinkage:
+        average = over_inputs(jnp.mean, shrunk(mean, var, numbers.weight), inputs)
+        floor = (1.0 - numbers.weight + eps_rel) * average + eps_abs
     else:
-        average = over_inputs(jnp.mean, var + ((1.0 - weight) * mean) ** 2, inputs)
-    if mean is not None:
-        var = var + ((1.0 - weight) * mean) ** 2
-        mean = weight * mean
-    return Shrunk(mean, weight * var + (1.0 - weight + eps_rel) * average + eps_abs, square)
+        floor = eps_rel * over_inputs(jnp.max, var, inputs) + eps_abs
+    starts = (numbers.entered == 0) | jnp.isinf(numbers.entered)
+    return jnp.where(starts, 0.0, floor)
 
 
 def bnp_states(state: Any) -> list[BNPState]:
@@ -198,25 +161,34 @@ class BNPOperator(Operator):
             scaling = self._scaling_of(name, leaves[name])
             dtype = jnp.promote_types(leaves[name].dtype, jnp.float32)
             w = leaves[name].astype(dtype)
-            s_b, s = scaling.inv_q, fitted(scaling.diagonal * scaling.inv_q, w)
+            inv_q = scaling.numbers.inv_q
+            s = fitted(scaling.diagonal * inv_q, w)
             if layer.bias is None or scaling.mean is None:
-                w, _ = function(w, None, None, s, s_b)
+                w, _ = function(w, None, Entries(None, s, inv_q))
             else:
                 bias = leaves[layer.bias]
                 aligned = fitted(layer.align_bias(bias.astype(dtype)), w)
                 mean = fitted(scaling.mean, w)
-                if self._scale_bias:
-                    square = scaling.mean_square
-                    if square is None:
-                        square = centering.squared_length(mean, w, aligned) / layer.fan_in
-                    s_b = s_b * jnp.where(scaling.held, 1.0, jnp.sqrt(1.0 + square))
-                w, b = function(w, aligned, mean, s, s_b)
+                square = None
+                if scaling.inputs is None:
+                    square = layer.fan_in * inv_q**2 * scaling.numbers.shift
+                s_b = inv_q * self._beta(scaling, mean, w, aligned)
+                w, b = function(w, aligned, Entries(mean, s, s_b, square))
                 restored = layer.restore_bias(b, bias.shape).astype(bias.dtype)
                 new[layer.bias] = fitted(restored, bias)
             new[name] = w.astype(leaves[name].dtype)
         if self._scale_others:
             new |= self._others(function, {n: x for n, x in leaves.items() if n not in new})
         return replace_leaves(tree, new)
+
+    def _beta(self, scaling: Scaling, mean: Array, w: Array, bias: Array) -> Array | float:
+        if not self._scale_bias:
+            return 1.0
+        if scaling.inputs is None:
+            return scaling.numbers.beta
+        n_inputs = w.size // bias.size
+        square = centering.squared_length(mean, w, bias) / n_inputs
+        return jnp.where(scaling.held, 1.0, jnp.sqrt(1.0 + square))
 
     def _others(
         self, function: Callable[..., tuple[Array, Any]], leaves: dict[str, Any]
@@ -234,7 +206,8 @@ class BNPOperator(Operator):
 
         def scaled(leaf: Array) -> Array:
             dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-            return function(leaf.astype(dtype), None, None, gain, gain)[0].astype(leaf.dtype)
+            w, _ = function(leaf.astype(dtype), None, Entries(None, gain, gain))
+            return w.astype(leaf.dtype)
 
         return {name: scaled(leaf) for name, leaf in leaves.items()}
 

@@ -8,7 +8,7 @@ beta / q. Then
 """
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,35 +22,58 @@ Stats = Float[Array, "..."]
 Pair = tuple[Kernel, Bias]
 
 
+class Entries(NamedTuple):
+    """Entries of P in one layer.
+
+    Attributes:
+      mu: The mean of the inputs; None where P does not center.
+      s: 1 / (sigma~ q), broadcasts against the kernel.
+      s_b: 1 / q, or beta / q.
+      square: Sum of (s mu)^2 over the inputs of a unit, where it is known.
+    """
+
+    mu: Stats | None
+    s: Stats
+    s_b: Stats
+    square: Stats | None = None
+
+
 @jax.jit
-def mv(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
+def mv(w: Kernel, b: Bias, P: Entries) -> Pair:
     """P z."""
-    return s * w, None if b is None else s_b * b - _dot(mu * s, w, b.shape)
+    if b is None or P.mu is None:
+        return P.s * w, None
+    return P.s * w, P.s_b * b - _dot(P.mu * P.s, w, b.shape)
 
 
 @jax.jit
-def transpose(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
+def transpose(w: Kernel, b: Bias, P: Entries) -> Pair:
     """P^T g."""
-    return (s * w, None) if b is None else (s * (w - mu * b), s_b * b)
+    if b is None or P.mu is None:
+        return P.s * w, None
+    return P.s * (w - P.mu * b), P.s_b * b
 
 
 @jax.jit
-def solve(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
+def solve(w: Kernel, b: Bias, P: Entries) -> Pair:
     """P^-1 p."""
-    return w / s, None if b is None else (b + _dot(mu, w, b.shape)) / s_b
+    if b is None or P.mu is None:
+        return w / P.s, None
+    return w / P.s, (b + _dot(P.mu, w, b.shape)) / P.s_b
 
 
 @jax.jit
-def gram(w: Kernel, b: Bias, mu: Any, s: Stats, s_b: Stats) -> Pair:
+def gram(w: Kernel, b: Bias, P: Entries) -> Pair:
     """P P^T g, steps 4 and 5 of Algorithms 2 and 3.
 
     Step 5 sums mu times the updated G_w, which is s^2 (G_w - mu G_b). Split into a product with
     the raw G_w and one with G_b, the updated G_w need not be written and read again.
     """
-    if b is None:
-        return s**2 * w, None
-    square = squared_length(s * mu, w, b)
-    return s**2 * (w - mu * b), s_b**2 * b - (_dot(mu * s**2, w, b.shape) - square * b)
+    if b is None or P.mu is None:
+        return P.s**2 * w, None
+    square = squared_length(P.s * P.mu, w, b) if P.square is None else P.square
+    shifted = _dot(P.mu * P.s**2, w, b.shape) - square * b
+    return P.s**2 * (w - P.mu * b), P.s_b**2 * b - shifted
 
 
 @jax.jit

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from bnp_optax.preconditioners.numbers import Numbers, floored, shrunk
 from bnp_optax.statistics import LayerStats
 
 Variance = Literal["auto", "batch", "running"]
@@ -25,7 +26,7 @@ class Running(NamedTuple):
 
     mean: Array | None
     var: Array
-    numbers: Float[Array, "_"]
+    numbers: Float[Array, "10"]
 
 
 class Batch(NamedTuple):
@@ -45,6 +46,18 @@ class Batch(NamedTuple):
         return cls(*of, stats.count, stats.batch_size)
 
 
+class Options(NamedTuple):
+    """Hyper-parameters of `bnp`, of its names; `rate` is 1 - decay, which float32 would round."""
+
+    decay: ArrayLike
+    rate: ArrayLike
+    eps_rel: ArrayLike
+    eps_abs: ArrayLike
+    shrinkage: ArrayLike | None
+    max_ratio: ArrayLike | None
+    batch_size: ArrayLike | None
+
+
 class Rule(NamedTuple):
     """Which of the options of `bnp` are on, and the sizes of a layer. Static.
 
@@ -54,6 +67,7 @@ class Rule(NamedTuple):
       variance: As in `bnp`.
       warm_start: As in `bnp`.
       shrinks: Whether statistics are bias-corrected and shrunk.
+      scale_bias: As in `bnp`.
       held: Whether the running statistics stay as they are.
     """
 
@@ -62,62 +76,86 @@ class Rule(NamedTuple):
     variance: Variance
     warm_start: bool
     shrinks: bool
+    scale_bias: bool
     held: bool = False
 
 
 @functools.partial(jax.jit, static_argnames="rule")
-def moved(
-    old: Running,
-    batch: Batch,
-    decay: ArrayLike,
-    rate: ArrayLike,
-    max_ratio: ArrayLike | None,
-    batch_size: ArrayLike | None,
-    rule: Rule,
-) -> Running:
+def moved(old: Running, batch: Batch, options: Options, rule: Rule) -> Running:
     """Steps 1 and 2 of Algorithms 2 and 3, and q of step 3.
 
     Args:
       old: Before the batch.
       batch: What came.
-      decay: rho.
-      rate: 1 - rho, which float32 would round.
-      max_ratio: As in `bnp`.
-      batch_size: As in `bnp`.
-      rule: As `Rule` says.
+      options: Numbers of `bnp`.
+      rule: Which of its options are on.
     """
-    inv_q, n_entered, n_rejected, largest, largest_var, *spread = old.numbers
+    numbers = Numbers(*old.numbers)
     first = None
     if rule.shrinks:
-        first = 1.0 / (n_entered + 1.0)
+        first = 1.0 / (numbers.entered + 1.0)
     elif rule.warm_start:
-        first = jnp.where(n_entered == 0, 1.0, 0.0)
-    weights = _Weights(decay, rate)
+        first = jnp.where(numbers.entered == 0, 1.0, 0.0)
+    weights = _Weights(options.decay, options.rate)
     if first is not None:
-        weights = _Weights(jnp.minimum(decay, 1.0 - first), jnp.maximum(rate, first))
-    bound = _bound(max_ratio, n_entered, largest_var)
+        weights = _Weights(jnp.minimum(weights.old, 1.0 - first), jnp.maximum(weights.new, first))
+    bound = _bound(options.max_ratio, numbers.entered, numbers.largest_var)
     mean, var = old.mean, old.var
     if not rule.held:
         mean, var = _mean_and_var(old, batch, weights, bound, rule)
-    valid, new_largest_var = _validity_and_largest(batch, var)
+    valid, largest_var = _validity_and_largest(batch, var)
     accept = valid & (batch.n_rows > 0.0)
     reject = ~valid & (batch.n_rows != 0.0)
+
+    size = batch.size
+    n = jnp.maximum(size, numbers.batch_size)
+    if options.batch_size is not None:
+        size = n = jnp.asarray(options.batch_size, jnp.float32)
+    new = numbers._replace(
+        inv_q=_inv_q(n, numbers.inv_q, rule),
+        entered=numbers.entered + 1.0,
+        batch_size=n,
+        largest_var=largest_var,
+    )
+    if not rule.held:
+        # Of N p rows that share a batch, those of one example are alike: as sqrt(p) examples.
+        of_batch = 1.0 / (size * math.sqrt(rule.positions))
+        sample = weights.old**2 * numbers.inv_sample + weights.new**2 * of_batch
+        new = _with_floor(new._replace(inv_sample=sample), mean, var, options, rule)
 
     def entered(new: Array, old: Array) -> Array:
         return jnp.where(accept, new, old).astype(old.dtype)
 
-    size = batch.size if batch_size is None else jnp.asarray(batch_size, jnp.float32)
-    n = entered(jnp.maximum(size, largest) if batch_size is None else size, largest)
-    numbers = [_inv_q(n, inv_q, accept, rule), n_entered + accept, n_rejected + reject, n]
-    numbers.append(entered(new_largest_var, largest_var))
-    if spread and rule.held:
-        numbers.append(spread[0])
-    elif spread:
-        # Of N p rows that share a batch, those of one example are alike: as sqrt(p) examples.
-        of_batch = 1.0 / (size * math.sqrt(rule.positions))
-        numbers.append(entered(weights.old**2 * spread[0] + weights.new**2 * of_batch, spread[0]))
-    new_mean = None if old.mean is None or mean is None else entered(mean, old.mean)
-    return Running(new_mean, entered(var, old.var), jnp.stack(numbers))
+    counted = jnp.asarray(Numbers(*[0.0] * len(numbers))._replace(rejected=1.0), jnp.float32)
+    return Running(
+        None if old.mean is None or mean is None else entered(mean, old.mean),
+        entered(var, old.var),
+        entered(new.vector(), old.numbers + counted * reject),
+    )
+
+
+def _with_floor(
+    numbers: Numbers, mean: Array | None, var: Array, options: Options, rule: Rule
+) -> Numbers:
+    """The numbers that P takes of the layer."""
+    weight, mean_square, average = jnp.ones(()), jnp.zeros(()), None
+    if rule.shrinks:
+        weight = 1.0 / (1.0 + options.shrinkage * numbers.inv_sample)
+        spread = shrunk(mean, var, weight)
+        # Both in one reduction, of which each is two kernels or three on a CPU.
+        both = jnp.stack([spread, jnp.zeros_like(var) if mean is None else (weight * mean) ** 2])
+        average, mean_square = jnp.mean(both, axis=tuple(range(1, both.ndim)))
+    elif mean is not None and rule.scale_bias:
+        mean_square = jnp.mean(mean**2)
+    if average is None:
+        floor = options.eps_rel * numbers.largest_var + options.eps_abs
+    else:
+        floor = (1.0 - weight + options.eps_rel) * average + options.eps_abs
+    shift = jnp.zeros(())
+    if mean is not None:
+        shift = jnp.mean((weight * mean) ** 2 / floored(mean, var, weight, floor))
+    beta = jnp.sqrt(1.0 + mean_square) if rule.scale_bias else jnp.ones(())
+    return numbers._replace(weight=weight, floor=floor, beta=beta, shift=shift)
 
 
 class _Weights(NamedTuple):
@@ -165,12 +203,11 @@ def _mean_and_var(
     return mean, weights.old * old.var + weights.new * var
 
 
-def _inv_q(n: Array, old: Array, accept: Array, rule: Rule) -> Array:
+def _inv_q(n: Array, old: Array, rule: Rule) -> Array:
     if rule.q is None:
         return old
     fan_in, positions = rule.q
-    squared = jnp.maximum(fan_in / n, math.sqrt(positions))
-    return jnp.where(accept, jax.lax.rsqrt(squared), old)
+    return jax.lax.rsqrt(jnp.maximum(fan_in / n, math.sqrt(positions)))
 
 
 def _validity_and_largest(batch: Batch, var: Array) -> tuple[Bool[Array, ""], Float[Array, ""]]:

@@ -44,7 +44,7 @@ def test_the_state_is_at_the_kernels():
     shapes = jax.tree.map(jnp.shape, state)
     assert shapes.mean == {"a": {"kernel": (3, 1), "bias": mask}, "b": {"kernel": mask}}
     assert shapes.var == {"a": {"kernel": (3, 1), "bias": mask}, "b": {"kernel": (2, 1)}}
-    assert shapes.numbers == {"a": {"kernel": (5,), "bias": mask}, "b": {"kernel": (5,)}}
+    assert shapes.numbers == {"a": {"kernel": (10,), "bias": mask}, "b": {"kernel": (10,)}}
     assert shapes.inputs == jax.tree.map(lambda _: mask, params)
     assert shapes.eps == (2,)
 

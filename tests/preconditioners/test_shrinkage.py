@@ -17,6 +17,7 @@ from support import oracles
 from support.bnp_cases import CASES, assert_close, assert_trees_close, train
 
 import bnp_optax
+from bnp_optax.preconditioners.numbers import Numbers
 
 K, EPS_REL, EPS_ABS = 10.0, 0.1, 1e-8
 
@@ -148,11 +149,15 @@ def test_first_hundred_batches_count_alike(batch_size):
     assert float(state.numbers["kernel"][5]) == pytest.approx(1 / len(whole), rel=1e-5)
 
 
-def test_without_shrinkage_the_state_has_no_sample_size():
-    *_, state = states(bnp_optax.bnp(), [jnp.ones((4, 3))])
-    assert state.numbers["kernel"].shape == (5,)
-    *_, state = states(bnp_optax.bnp(shrinkage=0.0), [jnp.ones((4, 3))])
-    assert state.numbers["kernel"].shape == (6,)
+def test_shrinkage_0_and_none_have_the_whole_mean_and_their_own_floors():
+    x = jnp.array([[1.0, 5.0, 0.0], [3.0, 9.0, 0.0]])
+    eps = {"eps_rel": 0.5, "eps_abs": 0.25}
+    [state] = states(bnp_optax.bnp(shrinkage=0.0, **eps), [x])
+    numbers = Numbers(*state.numbers["kernel"].tolist())
+    assert (numbers.weight, numbers.floor) == (1.0, pytest.approx(0.5 * (1 + 4 + 0) / 3 + 0.25))
+    [state] = states(bnp_optax.bnp(decay=0.0, **eps), [x])
+    numbers = Numbers(*state.numbers["kernel"].tolist())
+    assert (numbers.weight, numbers.floor) == (1.0, 0.5 * 4 + 0.25)
 
 
 def test_one_example_is_scaled_by_the_layer_alone():

@@ -1,0 +1,64 @@
+"""The few numbers of a layer from which, with its running mean and variance, P is made.
+
+With the layer's weight w and floor f,
+
+    sigma~^2 = w (sigma^2 + (1 - w)^2 mu^2) + f,
+
+and P is centered about w mu. Without shrinkage w = 1 and f = eps_rel max(sigma^2) + eps_abs; with
+it w = 1 / (1 + k c) and f = (1 - w + eps_rel) mean(sigma^2 + (1 - w)^2 mu^2) + eps_abs, maximum
+and means over the inputs. So P takes no reduction of any layer, and those of an update are done
+for all layers of a shape at once.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Scalar = Float[Array, ""]
+
+
+class Numbers(NamedTuple):
+    """What `bnp` keeps of a layer beside mean and variance, in `BNPState` as one vector.
+
+    Attributes:
+      inv_q: 1 / q, 1 before the first statistics.
+      entered: How many batches entered the running statistics; inf where these are `fixed`.
+      rejected: How many did not, as they were not finite or had a negative variance.
+      batch_size: N, the largest of those that entered, or the option `batch_size`.
+      largest_var: The largest running variance, which bounds what the next batch can do.
+      inv_sample: c, where 1 / c examples are what the running statistics are worth.
+      weight: w.
+      floor: f.
+      beta: D's entry of the bias, 1 without `scale_bias`.
+      shift: Mean over the inputs of (w mu / sigma~)^2, how far P moves the bias per input.
+    """
+
+    inv_q: Any
+    entered: Any
+    rejected: Any
+    batch_size: Any
+    largest_var: Any
+    inv_sample: Any
+    weight: Any
+    floor: Any
+    beta: Any
+    shift: Any
+
+    def vector(self) -> Float[Array, "10"]:
+        """All of them; stacked, as in an update, they have one sharding in an explicit mesh."""
+        return jnp.stack([jnp.asarray(number, jnp.float32) for number in self])
+
+
+# Of a layer without statistics, mean 0 and variance 1, which count as one example.
+START = Numbers(1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0)
+
+
+def floored(mean: Array | None, var: Array, weight: Scalar, floor: Any) -> Array:
+    """sigma~^2; `mean` is None in a layer that is not centered."""
+    return weight * shrunk(mean, var, weight) + floor
+
+
+def shrunk(mean: Array | None, var: Array, weight: Scalar) -> Array:
+    """sigma^2 + (1 - w)^2 mu^2, the mean square of the inputs about w mu."""
+    return var if mean is None else var + ((1.0 - weight) * mean) ** 2

@@ -1,0 +1,82 @@
+"""Layers of one shape are computed at once, and each gets what it would get alone."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.bnp_cases import assert_trees_close
+
+import bnp_optax
+from bnp_optax.preconditioners.together import together
+
+
+def scaled(factor, vector, pair):
+    x, n = pair
+    return {"sum": factor * (vector + x), "of": (jnp.max(x), n + 1.0), "none": None}
+
+
+def layer(seed, size):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    vector, x = (jax.random.normal(key, (size,)) for key in keys[:2])
+    return vector, (x, jax.random.normal(keys[2]))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_each_layer_gets_what_it_would_get_alone(jit):
+    sizes = {"a": 3, "b": 3, "c": 5, "d": 3, "e": 3, "f": 5}
+    arguments = {name: layer(i, size) for i, (name, size) in enumerate(sizes.items())}
+    kinds = {name: 2.0 if name == "d" else 3.0 for name in sizes}
+    function = lambda arguments: together(scaled, arguments, kinds)  # noqa: E731
+    found = (jax.jit(function) if jit else function)(arguments)
+    assert list(found) == list(sizes)
+    for name, args in arguments.items():
+        expected = scaled(kinds[name], *args)
+        jax.tree.map(np.testing.assert_array_equal, found[name], expected)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_what_one_layer_has_does_not_reach_another(bad):
+    arguments = {name: layer(i, 4) for i, name in enumerate("abc")}
+    arguments["b"] = jax.tree.map(lambda x: jnp.full_like(x, bad), arguments["b"])
+    found = jax.jit(lambda args: together(scaled, args, dict.fromkeys(args, 1.0)))(arguments)
+    for name in "abc":
+        expected = scaled(1.0, *arguments[name])
+        jax.tree.map(np.testing.assert_array_equal, found[name], expected)
+
+
+class Chain(nn.Module):
+    """Layers of one shape, one of another, and one without a bias."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(3):
+            x = nn.tanh(nn.Dense(6, name=f"same_{i}")(x))
+        x = nn.tanh(nn.Dense(4, name="other")(x))
+        return nn.Dense(4, use_bias=False, name="no_bias")(x)
+
+
+@pytest.mark.parametrize(
+    "make", [bnp_optax.bnp_sgd, bnp_optax.bnp_adam, bnp_optax.bnp_precondition]
+)
+def test_a_network_moves_as_its_layers_do_one_by_one(make):
+    model, x = Chain(), jax.random.normal(jax.random.key(0), (16, 6)) * 3 + 1
+    params = model.init(jax.random.key(1), x)["params"]
+    loss_fn = lambda p: jnp.mean((model.apply({"params": p}, x) - 1.0) ** 2)  # noqa: E731
+    tx = make(scale=True)
+    alone = {name: make(scale=True) for name in params}
+    state, states = tx.init(params), {name: alone[name].init(params[name]) for name in params}
+    for _ in range(4):
+        _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params)
+        updates, state = tx.update(grads, state, params, layer_stats=stats)
+        for name in params:
+            # The same statistics, under the names that they have in this layer's tree.
+            of = stats[f"{name}/kernel"]
+            bias = None if of.layer.bias is None else "bias"
+            renamed = bnp_optax.Layer(**{**vars(of.layer), "kernel": "kernel", "bias": bias})
+            of = bnp_optax.LayerStats(of.mean, of.var, of.sq_mean, of.count, renamed)
+            one, states[name] = alone[name].update(
+                grads[name], states[name], params[name], layer_stats={"kernel": of}
+            )
+            assert_trees_close(updates[name], one, rtol=1e-6)
+        params = jax.tree.map(jnp.add, params, jax.tree.map(lambda u: 0.1 * u, updates))
