@@ -84,7 +84,7 @@ def fitted(
 
 
 def outer(a: Float[Array, "*blocks n"], like: Array) -> Float[Array, "*blocks n_or_k n"]:
-    """a a^T, a square matrix or a sketch as `like` is one."""
+    """A a^T, a square matrix or a sketch as `like` is one."""
     if not is_sketch(like):
         return a[..., :, None] * a[..., None, :]
     met = jnp.matmul(a, signs(like.shape[-2] - 1, a.shape[-1]).T, precision="highest")
@@ -153,13 +153,15 @@ def _nystrom(sketch: Float[Array, "*blocks k+1 n"], rank: int) -> tuple[Array, A
     def t(x: Array) -> Array:
         return jnp.swapaxes(x, -1, -2)
 
-    products, n = sketch[..., :-1, :], sketch.shape[-1]
-    omega = signs(products.shape[-2], n)
-    size = jnp.linalg.norm(dot(products, omega.T), axis=(-2, -1), keepdims=True)
+    # Of a trace of 1, so that no square overflows.
+    trace = jnp.sum(diagonal(sketch), axis=-1)[..., None, None]
+    size = jnp.maximum(trace, jnp.finfo(sketch.dtype).tiny)
+    products, n = sketch[..., :-1, :] / size, sketch.shape[-1]
+    omega = jnp.expand_dims(signs(products.shape[-2], n), range(sketch.ndim - 2))
     # Omega Omega^T is about n I.
-    shift = _SHIFT * size / n
+    shift = _SHIFT * jnp.linalg.norm(dot(products, t(omega)), axis=(-2, -1), keepdims=True) / n
     products = products + shift * omega
-    core = dot(products, omega.T)
+    core = dot(products, t(omega))
     core_values, core_vectors = eigh(0.5 * (core + t(core)))
     least = jnp.finfo(core.dtype).tiny + 0.25 * n * shift[..., 0]
     factor = core_vectors / jnp.sqrt(jnp.maximum(core_values, least))[..., None, :]
@@ -169,4 +171,4 @@ def _nystrom(sketch: Float[Array, "*blocks k+1 n"], rank: int) -> tuple[Array, A
     _, vectors = eigh(dot(t(root), root))
     basis, small = jnp.linalg.qr(dot(root, vectors[..., :, -rank:]))
     values, vectors = eigh(dot(small, t(small)))
-    return jnp.maximum(values - shift[..., 0], 0.0), dot(basis, vectors)
+    return size[..., 0] * jnp.maximum(values - shift[..., 0], 0.0), dot(basis, vectors)

@@ -177,8 +177,10 @@ def _fits(moments: _Moments, stats: Any) -> bool:
         return False
     if moments.is_matrix:
         moment, var = stats.second_moment, moments.var
-        fits = moment is not None and sketches.can_fit(moment, var)
-        return fits and sketches.fitted(moment, var).shape == var.shape
+        if moment is None or moment.ndim != var.ndim:
+            return False
+        same = moment.shape[:-2] == var.shape[:-2] and moment.shape[-1] == var.shape[-1]
+        return same and sketches.can_fit(moment, var)
     old, new = moments.mean.shape, jnp.shape(stats.mean)
     return len(old) == len(new) and all(
         a == b or 1 in (a, b) for a, b in zip(old, new, strict=True)
