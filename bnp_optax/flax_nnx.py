@@ -173,7 +173,7 @@ def value_and_grad(
     weights: Callable[..., Any] | None = None,
     fixed: Mapping[str, LayerStats] | None = None,
     second_moments: SecondMoments = None,
-    second_moment_rows: int = 1024,
+    second_moment_rows: int = 256,
     second_moment_fan_in: int = 1024,
 ) -> Callable[..., tuple[Any, nnx.State, dict[str, LayerStats]]]:
     """`nnx.value_and_grad` that also returns the statistics of every layer's inputs.

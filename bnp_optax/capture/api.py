@@ -86,7 +86,7 @@ def value_and_grad(
     weights: Callable[..., Any] | None = None,
     fixed: Mapping[str, LayerStats] | None = None,
     second_moments: SecondMoments = None,
-    second_moment_rows: int = 1024,
+    second_moment_rows: int = 256,
     second_moment_fan_in: int = 1024,
 ) -> Callable[..., tuple[Any, Any, dict[str, LayerStats]]]:
     """`jax.value_and_grad` that also returns the statistics of every layer's inputs.
@@ -228,7 +228,7 @@ def _captured(
     weights: Callable[..., Any] | None = None,
     fixed: Mapping[str, LayerStats] | None = None,
     second_moments: SecondMoments = None,
-    second_moment_rows: int = 1024,
+    second_moment_rows: int = 256,
     second_moment_fan_in: int = 1024,
 ) -> Callable[..., tuple[Any, Any, dict[str, LayerStats]]]:
     """The loss with its statistics, and what `differentiate` makes of it beside the value."""

@@ -219,7 +219,7 @@ def _check_second_moment(name: str, layer: Layer, stats: LayerStats, running: Ar
         msg = (
             f"The second moment of `{name}` is a sketch of {shape[-2] - 1} products, but `whiten` "
             f"keeps it {kept}. Capture the matrix: `bnp_optax.value_and_grad(loss_fn, "
-            f"second_moments=True, second_moment_fan_in={n})`; or lower `max_fan_in` to that of the "
-            f"capture, 1024 unless said otherwise, and `rank` to {shape[-2] - 1} at most."
+            f"second_moments=True, second_moment_fan_in={n})`; or lower `max_fan_in` below {n}, "
+            f"and `rank` to {shape[-2] - 1} at most."
         )
         raise ValueError(msg)

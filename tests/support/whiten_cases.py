@@ -183,7 +183,10 @@ def assert_close(got, want, tolerance):
 
 def settled(whitening, loss_fn, params, x, n=40):
     """The state when the same batch has come so often that the start is forgotten."""
-    _, grads, stats = jit(bnp_optax.value_and_grad(loss_fn, second_moments=True))(params, x)
+    value_and_grad = bnp_optax.value_and_grad(
+        loss_fn, second_moments=True, second_moment_rows=len(x)
+    )
+    _, grads, stats = jit(value_and_grad)(params, x)
 
     def step(state, _):
         return whitening.update(grads, state, layer_stats=stats), None
