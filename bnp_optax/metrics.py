@@ -130,7 +130,7 @@ def _layers_of(
     for state in whiten_states(opt_state):
         found = roots(state)
         in_z = _whitened(found, layers, updates)
-        for name, (entered, rejected) in named_leaves(state.numbers).items():
+        for name, (_, entered, rejected) in named_leaves(state.numbers).items():
             yield name, _OfLayer(found[name].gain, None, entered, rejected, in_z.get(name))
 
 

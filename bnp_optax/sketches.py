@@ -144,7 +144,7 @@ def eigh(matrix: Float[Array, "*blocks n n"]) -> tuple[Array, Array]:
 def _nystrom(sketch: Float[Array, "*blocks k+1 n"], rank: int) -> tuple[Array, Array]:
     """The largest eigenvalues of the approximation, and orthonormal eigenvectors.
 
-    Of M + nu I, so that Omega Y, which may be singular, can be inverted, and less nu (step 8).
+    Of M + nu I, so that Omega Y, which may be singular, can be inverted, and less nu.
     """
 
     def dot(a: Array, b: Array) -> Array:
@@ -165,8 +165,8 @@ def _nystrom(sketch: Float[Array, "*blocks k+1 n"], rank: int) -> tuple[Array, A
     core_values, core_vectors = eigh(0.5 * (core + t(core)))
     least = jnp.finfo(core.dtype).tiny + 0.25 * n * shift[..., 0]
     factor = core_vectors / jnp.sqrt(jnp.maximum(core_values, least))[..., None, :]
-    # Step 6 by the Gram matrix, which loses the smallest singular values: their vectors are not
-    # orthogonal. So the largest ones are found by it, and are decomposed once more, by QR.
+    # Singular vectors by the Gram matrix, which loses the smallest: these are not orthogonal. So
+    # the largest ones are found by it, and are decomposed once more, by QR.
     root = dot(t(products), factor)
     _, vectors = eigh(dot(t(root), root))
     basis, small = jnp.linalg.qr(dot(root, vectors[..., :, -rank:]))

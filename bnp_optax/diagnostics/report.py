@@ -268,11 +268,10 @@ def report(
         msg = f"`max_units` must be at least 1, got {max_units}."
         raise ValueError(msg)
     found = find_layers(params, layers)
-    of_bnp, of_whiten = bnp_states(state), whiten_states(state)
-    kappas_d = conditioning(state) if of_bnp or of_whiten else {}
+    states = [*bnp_states(state), *whiten_states(state)]
+    kappas_d = conditioning(state) if states else {}
     counted = {
-        name: (float(numbers[first]), int(numbers[first + 1]))
-        for states, first in ((of_bnp, 1), (of_whiten, 0))
+        name: (float(numbers[1]), int(numbers[2]))
         for one in states
         for name, numbers in named_leaves(one.numbers).items()
     }

@@ -28,14 +28,14 @@ class Running(NamedTuple):
     covariance: Float[Array, "*blocks n_or_fewer n"]
     vectors: Float[Array, "*blocks n k"]
     values: Float[Array, "*blocks k_or_more"]
-    numbers: Float[Array, "2"]
+    numbers: Float[Array, "3"]
 
 
 def start(layer: Layer, rank: int, max_fan_in: int) -> Running:
     """Those of a layer before the first batch, of mu = 0 and M2 = I."""
     n, blocks = layer.fan_in, layer.block_shape
     mean = jnp.zeros((*blocks, n), jnp.float32) if layer.bias else None
-    numbers = jnp.zeros(2, jnp.float32)
+    numbers = jnp.zeros(3, jnp.float32)
 
     def everywhere(x: ArrayLike) -> Array:
         x = jnp.asarray(x, jnp.float32)
@@ -55,7 +55,7 @@ def start(layer: Layer, rank: int, max_fan_in: int) -> Running:
 def updated(before: Running, stats: LayerStats, decay: ArrayLike, refresh_every: int) -> Running:
     """The running statistics with those of a batch, unless these are not finite or of no input."""
     mean, covariance, vectors, values, numbers = before
-    entered, rejected = numbers
+    refreshed, entered, rejected = numbers
     batch_mean, batch = stats.input_mean, stats.total_covariance
     assert batch is not None  # Who calls has seen to it.
     batch = sketches.fitted(batch, covariance)
@@ -77,13 +77,15 @@ def updated(before: Running, stats: LayerStats, decay: ArrayLike, refresh_every:
     if mean is not None:
         mean = jnp.where(accept, mean + rate * distance, mean)
     entered, rejected = entered + accept, rejected + (~valid & (stats.count != 0.0))
+    due = accept & _is_due(entered, refresh_every)
     values, vectors = jax.lax.cond(
-        accept & _is_due(entered, refresh_every),
+        due,
         lambda values, vectors, covariance: decomposed(covariance, values, vectors),
         lambda values, vectors, _: (values, vectors),
         *(values, vectors, covariance),
     )
-    return Running(mean, covariance, vectors, values, jnp.stack([entered, rejected]))
+    numbers = jnp.stack([jnp.where(due, entered, refreshed), entered, rejected])
+    return Running(mean, covariance, vectors, values, numbers)
 
 
 def _are_valid(batch: Array, new_variances: Array, count: Array) -> Bool[Array, ""]:

@@ -44,11 +44,11 @@ class WhitenState(NamedTuple):
     Attributes:
       mean: At kernels with a bias, the running mean mu of the inputs, (n,).
       covariance: At all kernels, the running covariance C about mu, (n, n), or E[h h^T] where there
-        is no bias; its sketch of 65 rows, or rank + 1, in a wide layer.
+        is no bias; its sketch of 48 rows, or rank + 1, in a wide layer.
       vectors: Eigenvectors V of C as it was at the last refresh, (n, k).
       values: Its eigenvalues, (k,); of a wide layer (k + 1,), the last for the complement of V.
-      numbers: At all kernels, two numbers: how many batches entered the running statistics, and how
-        many did not, as they were not finite.
+      numbers: At all kernels, three numbers: how many batches the eigenvectors are of; how many
+        entered the running statistics; and how many did not, as they were not finite.
       hyper: `exponent` and `damping`.
     """
 
@@ -122,7 +122,7 @@ def roots(state: WhitenState) -> dict[str, Root]:
             sizes = sizes.at[..., -1].set(fan_in - k)
         average = jnp.sum(sizes * s, axis=-1, keepdims=True) / fan_in
         damped = s + jnp.maximum(damping * average, FLOOR)
-        spectrum = jnp.where(numbers[name][0] > 0, damped, 1.0)
+        spectrum = jnp.where(numbers[name][1] > 0, damped, 1.0)
         result[name] = Root(means.get(name), vectors[name], spectrum, exponent)
     return result
 

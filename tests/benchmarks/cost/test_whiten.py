@@ -37,7 +37,7 @@ def test_a_pass_is_twenty_steps(name):
     if name != "SGD":
         (whitened,) = whiten_states(state)
         per_pass = 2 if "every" in name else 20
-        assert whitened.numbers["Dense_0"]["kernel"][0] == whiten._PASSES * per_pass
+        assert whitened.numbers["Dense_0"]["kernel"][1] == whiten._PASSES * per_pass
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
