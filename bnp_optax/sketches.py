@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-# Rows of Omega in a captured sketch, which with the diagonal has 48.
-N_PRODUCTS = 47
+# Rows of Omega in a captured sketch, which with the diagonal has 32.
+N_PRODUCTS = 31
 # The shift, in multiples of the rounding of Omega Y.
 _SHIFT = 16 * float(jnp.finfo(jnp.float32).eps)
 

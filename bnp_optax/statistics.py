@@ -143,8 +143,8 @@ class LayerStats:
         order of the kernel's input axes (of a convolution the patches that the kernel meets), and
         the mean is over rows, or a sample of them. (groups, n, n) of a grouped convolution; layers
         stacked by scan or vmap have leading axes. In a layer of more inputs than
-        `second_moment_fan_in`, not the matrix but its products with 47 fixed vectors and its
-        diagonal, (48, n), which averages alike and has its leading eigenvectors. None unless
+        `second_moment_fan_in`, not the matrix but its products with 31 fixed vectors and its
+        diagonal, (32, n), which averages alike and has its leading eigenvectors. None unless
         `second_moments` asked for it.
       covariance: Covariance of the same rows within the batch, about their own mean: in float32
         `second_moment` less the square of the mean has not its digits where |mean| >> deviation.

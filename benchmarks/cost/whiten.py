@@ -44,7 +44,7 @@ from bnp_optax.preconditioners import running_covariance
 
 # Passes of so many steps are compiled, and so many of them timed at once, on batches in turn.
 _PASS, _PASSES, _BATCHES = 20, 10, 5
-_PERIOD, _RANK, _MAX_FAN_IN = 20, 32, 1024
+_PERIOD, _RANK, _MAX_FAN_IN = 20, 16, 1024
 _EIGH, _QR = 9, 4
 
 

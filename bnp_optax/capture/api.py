@@ -136,7 +136,7 @@ def value_and_grad(
         taken, spread evenly over the rows (of those whose weight is positive) and always the same.
         On as many devices as share one `shard_map`, at most so many of each enter the sample.
       second_moment_fan_in: The largest fan-in whose E[h h^T] is returned as a matrix. Of a wider
-        layer it is a sketch of 48 rows, which is what `whiten` needs and costs less; see
+        layer it is a sketch of 32 rows, which is what `whiten` needs and costs less; see
         `LayerStats`.
 
     Returns:

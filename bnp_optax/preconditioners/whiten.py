@@ -30,7 +30,7 @@ def whiten(
     damping: ArrayLike = 0.1,
     decay: ArrayLike = 0.99,
     refresh_every: int = 20,
-    rank: int = 32,
+    rank: int = 16,
     max_fan_in: int = 1024,
     layers: Layers | None = None,
 ) -> Preconditioner:
@@ -55,8 +55,8 @@ def whiten(
     they are.
 
     For a kernel (n, m) a step costs about 2 N n^2 FLOPs for the second moment of N rows and 4 to 8
-    n^2 m for P^T and P, and the state has two (n, n) matrices; in a wide layer 200 N n, 8 n rank m,
-    and 48 + rank rows of n numbers.
+    n^2 m for P^T and P, and the state has two (n, n) matrices; in a wide layer 130 N n, 8 n rank m,
+    and 32 + rank rows of n numbers.
 
     Args:
       exponent: >= 0: 1/2 is full whitening, 0 centers only. 1/4, the default, amplifies less of
@@ -67,10 +67,10 @@ def whiten(
         eighth, and so on; in between P stays, but for mu. A decomposition costs O(n^3), and on a
         GPU, where each layer waits for the one before, far more time than that: raise it there.
       rank: Number of eigenvectors that are kept in layers of a fan-in above `max_fan_in`; on their
-        complement C counts as a multiple of the identity. At most 47, or capture whole matrices
+        complement C counts as a multiple of the identity. At most 31, or capture whole matrices
         there: `value_and_grad(..., second_moment_fan_in=n)`.
       max_fan_in: The largest fan-in whose whole covariance is kept and decomposed. Of a wider layer
-        a sketch of C is kept, 48 rows of n numbers, as it is captured above a fan-in of 1,024; its
+        a sketch of C is kept, 32 rows of n numbers, as it is captured above a fan-in of 1,024; its
         eigenvectors are those of the Nystrom approximation, exact where C has no higher rank.
       layers: The layers to precondition, as for `bnp`. What `find_layers` returns also tells what
         names do not: layers stacked without a bias, and other layouts.

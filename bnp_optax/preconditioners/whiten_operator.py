@@ -44,7 +44,7 @@ class WhitenState(NamedTuple):
     Attributes:
       mean: At kernels with a bias, the running mean mu of the inputs, (n,).
       covariance: At all kernels, the running covariance C about mu, (n, n), or E[h h^T] where there
-        is no bias; its sketch of 48 rows, or rank + 1, in a wide layer.
+        is no bias; its sketch of 32 rows, or rank + 1, in a wide layer.
       vectors: Eigenvectors V of C as it was at the last refresh, (n, k).
       values: Its eigenvalues, (k,); of a wide layer (k + 1,), the last for the complement of V.
       numbers: At all kernels, three numbers: how many batches the eigenvectors are of; how many

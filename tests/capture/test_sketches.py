@@ -13,8 +13,8 @@ import bnp_optax
 from bnp_optax import diagnostics, sketches
 
 N = 60
-# The first of the signs, and the sum of all 47 x 60.
-FIRST, SUM = [0, 1, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 0], 28
+# The first of the signs, and the sum of all 31 x 60.
+FIRST, SUM = [0, 1, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 0], 60
 
 
 def loss_fn(p, x):

@@ -175,14 +175,14 @@ def test_a_sketch_for_a_whole_covariance_is_refused():
     with pytest.raises(ValueError) as caught:
         run(case, whiten(layers=case.layers()), SEEDS[:1])
     message = str(caught.value)
-    assert "`kernel` is a sketch of 47 products, but `whiten` keeps it whole" in message
+    assert "`kernel` is a sketch of 31 products, but `whiten` keeps it whole" in message
     assert "second_moment_fan_in=70" in message
 
 
 def test_more_eigenvectors_than_products_are_refused():
     case = case_of("dense")
     whitening = wide(case, rank=60)
-    with pytest.raises(ValueError, match="sketch of 47 products, but `whiten` keeps it in 60 prod"):
+    with pytest.raises(ValueError, match="sketch of 31 products, but `whiten` keeps it in 60 prod"):
         run(case, whitening, SEEDS[:1])
     # The matrix will do.
     state = run(case, whitening, SEEDS[:1], fan_in=1024)
@@ -194,5 +194,5 @@ def test_the_state_is_small():
     state = jax.eval_shape(whiten().init, params)
     sizes = {name: getattr(state, name)["kernel"].shape for name in state._fields[:-1]}
     assert sizes["covariance"] == (K + 1, 3000)
-    assert sizes["vectors"] == (3000, 32)
-    assert sizes["values"] == (33,)
+    assert sizes["vectors"] == (3000, 16)
+    assert sizes["values"] == (17,)
