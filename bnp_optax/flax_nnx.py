@@ -173,7 +173,8 @@ def value_and_grad(
     weights: Callable[..., Any] | None = None,
     fixed: Mapping[str, LayerStats] | None = None,
     second_moments: SecondMoments = None,
-    second_moment_rows: int = 1024,
+    second_moment_rows: int = 256,
+    second_moment_fan_in: int = 1024,
 ) -> Callable[..., tuple[Any, nnx.State, dict[str, LayerStats]]]:
     """`nnx.value_and_grad` that also returns the statistics of every layer's inputs.
 
@@ -194,6 +195,7 @@ def value_and_grad(
       fixed: As in `bnp_optax.value_and_grad`.
       second_moments: As in `bnp_optax.value_and_grad`.
       second_moment_rows: As in `bnp_optax.value_and_grad`.
+      second_moment_fan_in: As in `bnp_optax.value_and_grad`.
 
     Returns:
       A function of `(model, *args, **kwargs)` that returns `(loss, grads, stats)`; `loss` is
@@ -236,6 +238,7 @@ def value_and_grad(
             fixed=fixed,
             second_moments=second_moments,
             second_moment_rows=second_moment_rows,
+            second_moment_fan_in=second_moment_fan_in,
         )(pure.params)
         pure.update(state)
         return (loss, aux) if has_aux else loss, grads, stats

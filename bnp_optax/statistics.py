@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from bnp_optax import sketches
+
 _SPACING = float(jnp.finfo(jnp.float32).eps)
 # Below this multiple of E[m^2], E[m^2] - E[m]^2 is rounding, not variance.
 _ROUNDING = 2 * _SPACING
@@ -140,7 +142,10 @@ class LayerStats:
       second_moment: E[h h^T], of shape (n, n), where h are the layer's n = fan-in inputs in the
         order of the kernel's input axes (of a convolution the patches that the kernel meets), and
         the mean is over rows, or a sample of them. (groups, n, n) of a grouped convolution; layers
-        stacked by scan or vmap have leading axes. None unless `second_moments` asked for it.
+        stacked by scan or vmap have leading axes. In a layer of more inputs than
+        `second_moment_fan_in`, not the matrix but its products with 31 fixed vectors and its
+        diagonal, (32, n), which averages alike and has its leading eigenvectors. None unless
+        `second_moments` asked for it.
       covariance: Covariance of the same rows within the batch, about their own mean: in float32
         `second_moment` less the square of the mean has not its digits where |mean| >> deviation.
       rows_mean: Mean of the same rows, (n,). Not always `mean`, which is of all rows, and of a
@@ -198,11 +203,11 @@ class LayerStats:
             return None
         if within is None or mean is None:
             mean = self.input_mean
-            return moment - mean[..., :, None] * mean[..., None, :]
-        between = (moment - within) - mean[..., :, None] * mean[..., None, :]
-        size = jnp.sqrt(jnp.diagonal(moment, axis1=-2, axis2=-1))
-        rounding = _ROUNDING_OF_OUTER * size[..., :, None] * size[..., None, :]
-        return within + jnp.where(jnp.abs(between) > rounding, between, 0.0)
+            return moment - sketches.outer(mean, moment)
+        between = (moment - within) - sketches.outer(mean, moment)
+        size = sketches.outer_size(jnp.sqrt(sketches.diagonal(moment)), moment)
+        is_rounding = jnp.abs(between) <= _ROUNDING_OF_OUTER * size
+        return within + jnp.where(is_rounding, 0.0, between)
 
     @property
     def input_mean(self) -> Float[Array, "..."]:

@@ -39,11 +39,12 @@ import bnp_optax
 from benchmarks.environment import environment
 from benchmarks.networks.small import MLP
 from benchmarks.networks.transformer import CharTransformer
+from bnp_optax import sketches
 from bnp_optax.preconditioners import running_covariance
 
-# Passes of so many steps are compiled, and so many of them timed at once.
-_PASS, _PASSES = 20, 10
-_PERIOD, _RANK, _MAX_FAN_IN = 20, 64, 1024
+# Passes of so many steps are compiled, and so many of them timed at once, on batches in turn.
+_PASS, _PASSES, _BATCHES = 20, 10, 5
+_PERIOD, _RANK, _MAX_FAN_IN = 20, 16, 1024
 _EIGH, _QR = 9, 4
 
 
@@ -156,8 +157,7 @@ def _step_flops(problem: ModelOnBatch, variant: Variant, captured: bool) -> floa
     params = jax.eval_shape(problem.model.init, jax.random.key(0), problem.x)["params"]
     state = jax.eval_shape(variant.tx.init, params)
     with (
-        mock.patch.object(running_covariance, "decomposed", lambda c: (c[..., 0], c)),
-        mock.patch.object(running_covariance, "refreshed", lambda s, v, *_: (s, v)),
+        mock.patch.object(running_covariance, "decomposed", lambda _, s, v: (s, v)),
     ):
         return flops(step, params, state, problem.x, problem.y)
 
@@ -175,9 +175,9 @@ def _refresh_flops(problem: ModelOnBatch) -> float:
         if n <= _MAX_FAN_IN:
             total += _EIGH * n**3
             continue
-        shapes = (_shape(rank + 1), _shape(n, rank), _shape(), _shape(n, n), _shape(n))
-        total += flops(running_covariance.refreshed, *shapes)
-        total += 2 * _QR * n * rank**2 + _EIGH * rank**3
+        k = sketches.N_PRODUCTS
+        total += flops(functools.partial(sketches.leading, rank=rank), _shape(k + 1, n))
+        total += _QR * n * rank**2 + 2 * _EIGH * k**3
     return total
 
 
@@ -203,21 +203,28 @@ class Running:
 
     def __init__(self, problem: ModelOnBatch, variant: Variant) -> None:
         keys = jax.random.split(jax.random.key(0), 3)
-        self.batch = tuple(map(_random, keys[:2], (problem.x, problem.y)))
-        params = problem.model.init(keys[2], self.batch[0])["params"]
+        shapes = (_shape(_BATCHES, *s.shape, dtype=s.dtype) for s in (problem.x, problem.y))
+        self.batches = tuple(map(_random, keys[:2], shapes))
+        params = problem.model.init(keys[2], self.batches[0][0])["params"]
         self.carry = (params, variant.tx.init(params))
         captured = variant.second_moments is not None
         first, other = (_make_step(problem, variant, c) for c in (captured, False))
 
-        def turn(carry: Any, batch: Any) -> Any:
-            """One step with statistics, and those without until the next."""
-            carry = first(*carry, *batch)
-            rest = variant.every - 1
-            return jax.lax.fori_loop(0, rest, lambda _, c: other(*c, *batch), carry)
+        # Of one batch for all steps the compiler would take the statistics before the loop.
+        def batch(batches: Any, at: Any) -> Any:
+            return [x[at % _BATCHES] for x in batches]
 
-        def steps(carry: Any, batch: Any) -> Any:
-            turns = _PASS // variant.every
-            return jax.lax.fori_loop(0, turns, lambda _, c: turn(c, batch), carry)
+        def turn(at: Any, carry: Any, batches: Any) -> Any:
+            """One step with statistics, and those without until the next."""
+            carry = first(*carry, *batch(batches, at))
+            rest = variant.every - 1
+            return jax.lax.fori_loop(
+                0, rest, lambda i, c: other(*c, *batch(batches, at + 1 + i)), carry
+            )
+
+        def steps(carry: Any, batches: Any) -> Any:
+            turns, every = _PASS // variant.every, variant.every
+            return jax.lax.fori_loop(0, turns, lambda i, c: turn(every * i, c, batches), carry)
 
         self.steps = jax.jit(steps, donate_argnums=0)
 
@@ -225,7 +232,7 @@ class Running:
         """Of a step."""
         start = time.perf_counter()
         for _ in range(_PASSES):
-            self.carry = self.steps(self.carry, self.batch)
+            self.carry = self.steps(self.carry, self.batches)
         jax.block_until_ready(self.carry)
         return (time.perf_counter() - start) / (_PASSES * _PASS)
 

@@ -14,6 +14,7 @@ from bnp_optax._tree import BIAS, KERNEL, is_named, named_leaves, quoted
 from bnp_optax.capture import covered
 from bnp_optax.capture.covered import Covered
 from bnp_optax.capture.moments import ConvStatistics, Options
+from bnp_optax.capture.rows import Limits
 from bnp_optax.layers import by_convention, check_layers
 from bnp_optax.statistics import Layer, LayerStats
 
@@ -85,7 +86,8 @@ def value_and_grad(
     weights: Callable[..., Any] | None = None,
     fixed: Mapping[str, LayerStats] | None = None,
     second_moments: SecondMoments = None,
-    second_moment_rows: int = 1024,
+    second_moment_rows: int = 256,
+    second_moment_fan_in: int = 1024,
 ) -> Callable[..., tuple[Any, Any, dict[str, LayerStats]]]:
     """`jax.value_and_grad` that also returns the statistics of every layer's inputs.
 
@@ -133,6 +135,9 @@ def value_and_grad(
       second_moment_rows: From how many rows at most, of all calls of a layer together, E[h h^T] is
         taken, spread evenly over the rows (of those whose weight is positive) and always the same.
         On as many devices as share one `shard_map`, at most so many of each enter the sample.
+      second_moment_fan_in: The largest fan-in whose E[h h^T] is returned as a matrix. Of a wider
+        layer it is a sketch of 32 rows, which is what `whiten` needs and costs less; see
+        `LayerStats`.
 
     Returns:
       A function of `(params, *args, **kwargs)` that returns `(loss, grads, stats)`; `loss` is
@@ -183,6 +188,7 @@ def value_and_grad(
         fixed=fixed,
         second_moments=second_moments,
         second_moment_rows=second_moment_rows,
+        second_moment_fan_in=second_moment_fan_in,
     )
 
 
@@ -222,12 +228,14 @@ def _captured(
     weights: Callable[..., Any] | None = None,
     fixed: Mapping[str, LayerStats] | None = None,
     second_moments: SecondMoments = None,
-    second_moment_rows: int = 1024,
+    second_moment_rows: int = 256,
+    second_moment_fan_in: int = 1024,
 ) -> Callable[..., tuple[Any, Any, dict[str, LayerStats]]]:
     """The loss with its statistics, and what `differentiate` makes of it beside the value."""
     options = options_of(conv_statistics, sample_rows, embeddings)
     check_layers(layers)
-    check_second_moments(second_moments, second_moment_rows)
+    check_second_moments(second_moments, second_moment_rows, second_moment_fan_in)
+    limits = Limits(second_moment_rows, second_moment_fan_in)
 
     @functools.wraps(loss_fn)
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, LayerStats]]:
@@ -241,11 +249,11 @@ def _captured(
         names = [name for name in wanted if name not in known]
         row_weights = None if weights is None else jnp.asarray(weights(*args, **kwargs))
         second = _of_second_moments(second_moments, leaves, found, layers)
-        n_rows = {name: second_moment_rows for name in names if name in second}
+        limited = {name: limits for name in names if name in second}
 
         def instrumented(params: Any) -> tuple[Any, Any]:
             flat = jax.tree.leaves(params)
-            outputs, measures = covered.measure(found, names, flat, row_weights, n_rows)
+            outputs, measures = covered.measure(found, names, flat, row_weights, limited)
             # The loss is the first array; what is no array never leaves the function.
             return outputs[0], (outputs, lax.stop_gradient(measures))
 
@@ -256,11 +264,12 @@ def _captured(
         _check_value(value, has_aux)
         stats = covered.statistics(found, measures)
         for name in found.unused:
+            of_idle = limits if name in second else None
             if layers is not None and name in layers:
-                stats[name] = covered.idle_statistics(layers[name], name in second)
+                stats[name] = covered.idle_statistics(layers[name], of_idle)
             elif layers is None and is_named(name, KERNEL):
                 idle = by_convention(name, tuple(jnp.shape(leaves[name])), leaves)
-                stats |= {name: covered.idle_statistics(idle, name in second)} if idle else {}
+                stats |= {name: covered.idle_statistics(idle, of_idle)} if idle else {}
         for name, of_data in known.items():
             if name in found.kernels:
                 count = jnp.asarray(found.kernels[name].count, jnp.float32)
@@ -271,12 +280,13 @@ def _captured(
     return wrapped
 
 
-def check_second_moments(second_moments: Any, rows: Any) -> None:
+def check_second_moments(second_moments: Any, rows: Any, fan_in: Any) -> None:
     """Raise unless the options are of the kinds that `value_and_grad` takes."""
-    check_count("second_moment_rows", rows)
-    if rows is None:
-        msg = "`second_moment_rows` must be an integer > 0, got None."
-        raise ValueError(msg)
+    for name, count in (("second_moment_rows", rows), ("second_moment_fan_in", fan_in)):
+        check_count(name, count)
+        if count is None:
+            msg = f"`{name}` must be an integer > 0, got None."
+            raise ValueError(msg)
     if second_moments is None or isinstance(second_moments, bool | str):
         return
     if isinstance(second_moments, Mapping):

@@ -291,7 +291,7 @@ def measure(
     chosen: Sequence[str],
     args: list[Any],
     weights: Weights,
-    second: Mapping[str, int] | None = None,
+    second: Mapping[str, rows.Limits] | None = None,
 ) -> tuple[list[Any], Measures]:
     """The outputs of the loss's jaxpr, and measurements of the kernels `chosen`.
 
@@ -300,14 +300,14 @@ def measure(
       chosen: Names of the kernels.
       args: Of the jaxpr.
       weights: Of the rows.
-      second: Kernels whose second moments are wanted, with the most rows that they are of.
+      second: Kernels whose second moments are wanted, and how finely.
 
     Raises:
       ValueError: If the rows of a kernel cannot be told.
     """
     second = second or {}
     wanted = {
-        use: _n_rows(found.kernels[name], use, second.get(name, 0))
+        use: _n_rows(found.kernels[name], use, second[name].rows if name in second else 0)
         for name in chosen
         for use in found.kernels[name].uses
     }
@@ -353,8 +353,8 @@ def statistics(found: Covered, measured: Measures) -> dict[str, LayerStats]:
     return result
 
 
-def idle_statistics(layer: Layer, second: bool = False) -> LayerStats:
+def idle_statistics(layer: Layer, second: rows.Limits | None = None) -> LayerStats:
     """Statistics of a layer that never runs: of no input at all."""
     zeros = jnp.zeros(layer.stats_shape, jnp.float32)
-    moments = rows.no_second_moments(layer) if second else {}
+    moments = rows.no_second_moments(layer, second) if second else {}
     return LayerStats(zeros, zeros, zeros, jnp.zeros((), jnp.float32), layer, **moments)

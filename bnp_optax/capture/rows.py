@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnp_optax import sketches
 from bnp_optax._explicit import replicated
 from bnp_optax.capture.moments import Weights, Window, fitted, sample
 from bnp_optax.statistics import Layer
@@ -200,8 +201,25 @@ def _chosen(
     return at, flat / jnp.where(total > 0.0, total, 1.0), share
 
 
-def second_moments(rows: Rows, layer: Layer, limit: int) -> dict[str, jax.Array]:
-    """Fields of `LayerStats` from rows in the parameter's layout, no more than `limit` of them.
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How finely second moments are taken.
+
+    Attributes:
+      rows: From how many rows at most.
+      fan_in: Of more inputs than these there is a sketch.
+    """
+
+    rows: int
+    fan_in: int
+
+    def n_products(self, layer: Layer) -> int | None:
+        """Of a layer's sketch; None if its second moment is a matrix."""
+        return sketches.n_products(layer.fan_in) if layer.fan_in > self.fan_in else None
+
+
+def second_moments(rows: Rows, layer: Layer, limits: Limits) -> dict[str, jax.Array]:
+    """Fields of `LayerStats` from rows in the parameter's layout.
 
     In float32 E[h h^T] loses the covariance where the mean is large beside the deviation, so that
     is summed from differences to the mean.
@@ -221,9 +239,14 @@ def second_moments(rows: Rows, layer: Layer, limit: int) -> dict[str, jax.Array]
         order = [0, *(1 + axis for axis in (*(a for a, _ in blocks), *inputs, *rest))]
         return jnp.transpose(x, order).reshape(len(x), *layer.block_shape, layer.fan_in)
 
-    values, shares = arranged(rows.values), arranged(rows.shares)
-    if isinstance(len(values), int) and len(values) > limit:
-        chosen = sample(len(values), limit)
+    values, shares = arranged(rows.values), rows.shares
+    # Mostly all inputs of a row have one share.
+    if math.prod(shares.shape[1:]) == 1:
+        shares = shares.reshape(-1, *(1,) * (values.ndim - 1))
+    else:
+        shares = arranged(shares)
+    if isinstance(len(values), int) and len(values) > limits.rows:
+        chosen = sample(len(values), limits.rows)
         values, shares = values[chosen], shares[chosen]
         total = jnp.sum(shares, axis=0, keepdims=True)
         shares = shares / jnp.where(total > 0.0, total, 1.0)
@@ -231,13 +254,14 @@ def second_moments(rows: Rows, layer: Layer, limit: int) -> dict[str, jax.Array]
     # What the mean lacks by rounding is as much as 1e-3 of a deviation 1e4 times smaller.
     mean = mean + jnp.sum(shares * (values - mean[None]), axis=0)
     differences = jnp.sqrt(shares) * (values - mean[None])
-    covariance = jnp.einsum("r...i,r...j->...ij", differences, differences, precision="highest")
-    moment = covariance + mean[..., :, None] * mean[..., None, :]
+    covariance = sketches.of_rows(differences, limits.n_products(layer))
+    moment = covariance + sketches.outer(mean, covariance)
     fields = {"second_moment": moment, "covariance": covariance, "rows_mean": mean}
     return {name: x.astype(jnp.float32) for name, x in fields.items()}
 
 
-def no_second_moments(layer: Layer) -> dict[str, jax.Array]:
+def no_second_moments(layer: Layer, limits: Limits) -> dict[str, jax.Array]:
     """The same fields for a layer that never runs."""
-    zeros = jnp.zeros((*layer.block_shape, layer.fan_in, layer.fan_in), jnp.float32)
-    return {"second_moment": zeros, "covariance": zeros, "rows_mean": zeros[..., 0]}
+    k = limits.n_products(layer)
+    zeros = jnp.zeros((*layer.block_shape, k + 1 if k else layer.fan_in, layer.fan_in), jnp.float32)
+    return {"second_moment": zeros, "covariance": zeros, "rows_mean": zeros[..., 0, :]}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bnp_optax import sketches
 from bnp_optax.capture.api import value_and_stats
 from bnp_optax.diagnostics.conditioning import condition_number
 from bnp_optax.diagnostics.displacement import promoted, unit_coordinates
@@ -30,7 +31,7 @@ def extended_second_moment(stats: LayerStats) -> Float[Array, "*blocks n_or_more
       layers have one each.
 
     Raises:
-      ValueError: If `stats` has no second moment.
+      ValueError: If `stats` has no second moment, or a sketch of it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,6 +51,13 @@ def extended_second_moment(stats: LayerStats) -> Float[Array, "*blocks n_or_more
         msg = (
             f"`stats` of `{stats.layer.kernel}` has no second moment. Capture it: "
             "`bnp_optax.value_and_grad(loss_fn, second_moments=True)(params, ...)`."
+        )
+        raise ValueError(msg)
+    if sketches.is_sketch(moment):
+        msg = (
+            f"`stats` of `{stats.layer.kernel}` has a sketch of its second moment. Capture the "
+            f"matrix: `bnp_optax.value_and_grad(loss_fn, second_moments=True, "
+            f"second_moment_fan_in={moment.shape[-1]})(params, ...)`."
         )
         raise ValueError(msg)
     if stats.layer.bias is None:
@@ -86,7 +94,11 @@ def input_conditioning(
     In float64, from moments in float32: what is below their rounding counts as zero.
     """
     with_moments = value_and_stats(
-        loss_fn, layers=layers, second_moments=list(chosen), second_moment_rows=2**20
+        loss_fn,
+        layers=layers,
+        second_moments=list(chosen),
+        second_moment_rows=2**20,
+        second_moment_fan_in=2**20,
     )
     _, stats = jax.jit(lambda params, args: with_moments(params, *args))(params, args)
     result = {}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from bnp_optax import sketches
 from bnp_optax._checks import check_count, check_fraction, check_non_negative
 from bnp_optax._explicit import spec_of
 from bnp_optax._tree import mask_leaves, named_leaves, replace_leaves
@@ -29,7 +30,7 @@ def whiten(
     damping: ArrayLike = 0.1,
     decay: ArrayLike = 0.99,
     refresh_every: int = 20,
-    rank: int = 64,
+    rank: int = 16,
     max_fan_in: int = 1024,
     layers: Layers | None = None,
 ) -> Preconditioner:
@@ -53,6 +54,10 @@ def whiten(
     cannot be centered: there mu = 0. Parameters that are no layer's kernel or bias are left as
     they are.
 
+    For a kernel (n, m) a step costs about 2 N n^2 FLOPs for the second moment of N rows and 4 to 8
+    n^2 m for P^T and P, and the state has two (n, n) matrices; in a wide layer 130 N n, 8 n rank m,
+    and 32 + rank rows of n numbers.
+
     Args:
       exponent: >= 0: 1/2 is full whitening, 0 centers only. 1/4, the default, amplifies less of
         the gradient's noise in directions in which the inputs hardly vary.
@@ -62,9 +67,11 @@ def whiten(
         eighth, and so on; in between P stays, but for mu. A decomposition costs O(n^3), and on a
         GPU, where each layer waits for the one before, far more time than that: raise it there.
       rank: Number of eigenvectors that are kept in layers of a fan-in above `max_fan_in`; on their
-        complement C counts as a multiple of the identity.
-      max_fan_in: The largest fan-in whose whole covariance is kept and decomposed. In a wider layer
-        the batches of the refreshing steps move the eigenvectors; those in between move mu alone.
+        complement C counts as a multiple of the identity. At most 31, or capture whole matrices
+        there: `value_and_grad(..., second_moment_fan_in=n)`.
+      max_fan_in: The largest fan-in whose whole covariance is kept and decomposed. Of a wider layer
+        a sketch of C is kept, 32 rows of n numbers, as it is captured above a fan-in of 1,024; its
+        eigenvectors are those of the Nystrom approximation, exact where C has no higher rank.
       layers: The layers to precondition, as for `bnp`. What `find_layers` returns also tells what
         names do not: layers stacked without a bias, and other layouts.
 
@@ -139,8 +146,8 @@ def whiten(
         parts = {}
         for name, (layer, stats) in matched.items():
             stats = jax.lax.stop_gradient(stats)
-            _check_second_moment(name, layer, stats)
             before = _widened(layer, Running._make(field.get(name) for field in old))
+            _check_second_moment(name, layer, stats, before.covariance)
             parts[name] = updated(before, stats, decay, refresh_every)
         return WhitenState._make([*_fields(state[:-1], parts), new_hyper])
 
@@ -195,7 +202,7 @@ def _check_whole(name: str, layer: Layer, kernel: Any) -> None:
         raise ValueError(msg)
 
 
-def _check_second_moment(name: str, layer: Layer, stats: LayerStats) -> None:
+def _check_second_moment(name: str, layer: Layer, stats: LayerStats, running: Array) -> None:
     if stats.second_moment is None:
         msg = (
             f"`whiten` needs the second moment of the inputs of `{name}`, which `layer_stats` has "
@@ -204,12 +211,21 @@ def _check_second_moment(name: str, layer: Layer, stats: LayerStats) -> None:
         )
         raise ValueError(msg)
     shape, n = tuple(stats.second_moment.shape), layer.fan_in
-    if shape != (*layer.block_shape, n, n):
+    if (*shape[:-2], *shape[-1:]) != (*layer.block_shape, n) or shape[-2] > n:
         msg = (
             f"The second moment of `{name}` has shape {shape}; expected "
             f"{(*layer.block_shape, n, n)}, for a kernel of shape {layer.kernel_shape} that is "
             f"summed over its axes {layer.block_layout[0]}. Capture it with the parameters that "
             "are optimized, and pass `layers=bnp_optax.find_layers(loss_fn, params, ...)` to the "
             "preconditioner."
+        )
+        raise ValueError(msg)
+    if not sketches.can_fit(stats.second_moment, running):
+        kept = "whole" if running.shape[-2] == n else f"in {running.shape[-2] - 1} products"
+        msg = (
+            f"The second moment of `{name}` is a sketch of {shape[-2] - 1} products, but `whiten` "
+            f"keeps it {kept}. Capture the matrix: `bnp_optax.value_and_grad(loss_fn, "
+            f"second_moments=True, second_moment_fan_in={n})`; or lower `max_fan_in` below {n}, "
+            f"and `rank` to {shape[-2] - 1} at most."
         )
         raise ValueError(msg)

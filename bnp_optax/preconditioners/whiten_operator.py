@@ -13,6 +13,8 @@ are known; on their complement C is taken for a multiple of the identity, rest I
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,13 +43,12 @@ class WhitenState(NamedTuple):
 
     Attributes:
       mean: At kernels with a bias, the running mean mu of the inputs, (n,).
-      covariance: At kernels that are not wide, the running covariance C about mu, (n, n); E[h h^T]
-        where there is no bias.
+      covariance: At all kernels, the running covariance C about mu, (n, n), or E[h h^T] where there
+        is no bias; its sketch of 32 rows, or rank + 1, in a wide layer.
       vectors: Eigenvectors V of C as it was at the last refresh, (n, k).
       values: Its eigenvalues, (k,); of a wide layer (k + 1,), the last for the complement of V.
-      numbers: At all kernels, three numbers: the weight, by now, of what the eigenvectors of a wide
-        layer are of; how many batches entered the running statistics; and how many did not, as
-        they were not finite.
+      numbers: At all kernels, three numbers: how many batches the eigenvectors are of; how many
+        entered the running statistics; and how many did not, as they were not finite.
       hyper: `exponent` and `damping`.
     """
 
@@ -241,9 +242,20 @@ class _OfLayer(NamedTuple):
         split, rest = w.reshape(cut), None
         if root.is_wide:
             function, rest = function[..., :-1] - function[..., -1:], function[..., -1]
-        inner = jnp.einsum(vectors, v_axes, split, axes, z_axes, precision="highest")
-        inner = jnp.einsum(function, [*of_blocks, new], inner, z_axes, z_axes)
-        result = jnp.einsum(vectors, v_axes, inner, z_axes, axes, precision="highest")
+        f_axes, dot = [*of_blocks, new], functools.partial(jnp.einsum, precision="highest")
+        n_columns = split.size // math.prod(root.vectors.shape[:-1])
+        if not root.is_wide and n_columns >= layer.fan_in:
+            # A product with S costs half of two with V, and S as much; P^T and P have S in common.
+            others = [new + 1 + axis for axis in of_inputs]
+            scaled = jnp.einsum(vectors, v_axes, function, f_axes, v_axes)
+            s_axes = [*of_blocks, *others, *of_inputs]
+            matrix = dot(scaled, [*of_blocks, *others, new], vectors, v_axes, s_axes)
+            return dot(
+                matrix, s_axes, split, axes, [new + 1 + i if i in of_inputs else i for i in axes]
+            ).reshape(w.shape)
+        inner = dot(vectors, v_axes, split, axes, z_axes)
+        inner = jnp.einsum(function, f_axes, inner, z_axes, z_axes)
+        result = dot(vectors, v_axes, inner, z_axes, axes)
         if rest is not None:
             result = result + jnp.einsum(rest, of_blocks, split, axes, axes)
         return result.reshape(w.shape)

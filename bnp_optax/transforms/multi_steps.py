@@ -10,6 +10,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from bnp_optax import sketches
 from bnp_optax._tree import named_leaves, replace_leaves
 from bnp_optax.preconditioners.bnp_operator import bnp_states
 from bnp_optax.preconditioners.matching import LEFT_OUT
@@ -101,7 +102,7 @@ def multi_steps(
             shapes |= {name: jnp.shape(var) for name, var in named_leaves(bnp_state.var).items()}
         of_var = {**shapes}
         for whiten_state in whiten_states(state):
-            for name, vectors in named_leaves(whiten_state.vectors).items():
+            for name, covariance in named_leaves(whiten_state.covariance).items():
                 if name in shapes and len(of_var[name]) == len(shapes[name]):
                     msg = (
                         f"`{name}` is preconditioned by `bnp` and by `whiten` in one optimizer: "
@@ -109,8 +110,8 @@ def multi_steps(
                         "out of the `layers` of the other."
                     )
                     raise ValueError(msg)
-                *blocks, n, _ = vectors.shape
-                shapes[name], of_var[name] = (*blocks, n), (*blocks, n, n)
+                *blocks, _, n = of_var[name] = covariance.shape
+                shapes[name] = (*blocks, n)
         masks = jax.tree.map(lambda _: optax.MaskedNode(), params)
 
         def zeros(shapes: Mapping[str, Any]) -> Any:
@@ -175,7 +176,11 @@ def _fits(moments: _Moments, stats: Any) -> bool:
     if not isinstance(stats, LayerStats):
         return False
     if moments.is_matrix:
-        return stats.second_moment is not None and stats.second_moment.shape == moments.var.shape
+        moment, var = stats.second_moment, moments.var
+        if moment is None or moment.ndim != var.ndim:
+            return False
+        same = moment.shape[:-2] == var.shape[:-2] and moment.shape[-1] == var.shape[-1]
+        return same and sketches.can_fit(moment, var)
     old, new = moments.mean.shape, jnp.shape(stats.mean)
     return len(old) == len(new) and all(
         a == b or 1 in (a, b) for a, b in zip(old, new, strict=True)
@@ -188,8 +193,9 @@ def _union(moments: _Moments, stats: LayerStats) -> _Moments:
     total = rows + stats.count
     share = jnp.where(stats.count == 0.0, 0.0, stats.count / total)
     if moments.is_matrix:
-        distance, spread = stats.input_mean - mean, cast("Array", stats.total_covariance)
-        square = distance[..., :, None] * distance[..., None, :]
+        distance = stats.input_mean - mean
+        spread = sketches.fitted(cast("Array", stats.total_covariance), var)
+        square = sketches.outer(distance, var)
     else:
         distance, spread = stats.mean - mean, stats.total_variance
         square = distance**2
@@ -205,7 +211,7 @@ def _as_statistics(moments: _Moments, last: LayerStats) -> LayerStats:
     mean, var, rows = moments
     if not moments.is_matrix:
         return LayerStats.of_batch(mean, var, rows, last.layer)
-    moment = var + mean[..., :, None] * mean[..., None, :]
+    moment = var + sketches.outer(mean, var)
     return dataclasses.replace(
         last, count=rows, second_moment=moment, covariance=var, rows_mean=mean
     )

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -192,7 +191,6 @@ def test_low_rank_of_full_rank_is_the_whole_covariance(name):
     options = {"refresh_every": 1, "decay": 0.0, "layers": case.layers()}
     low = whiten(max_fan_in=1, rank=64, **options)
     state = run(case, low, [seed])
-    assert isinstance(state.covariance["kernel"], optax.MaskedNode)
     mean, covariance = moments(case, [seed], decay=0.0)
     matrix = preconditioner(mean, covariance, 0.25, 0.1)
     assert_is(low.operator(state), matrix, case, case.params, 1e-4)
@@ -219,17 +217,3 @@ def test_leading_eigenvectors_and_the_mean_of_the_rest():
     matrix = preconditioner(rows.mean(0)[None], (vectors * flat @ vectors.T)[None], 0.25, 0.1)
     assert_is(low.operator(state), matrix, case, case.params, 2e-3)
     assert state.vectors["kernel"].shape == (20, 3)
-
-
-def test_a_wide_layer_forgets_at_the_rate_of_the_others():
-    """Between refreshes nothing enters but mu; the batch of a refresh weighs as much as all."""
-    case = CASES["no_bias"]
-    low = whiten(max_fan_in=1, refresh_every=4, decay=0.5)
-    state = run(case, low, (10, 11, 12, 13))
-    # Refreshes after 1, 2 and 4: rates 1/2, then 1/2, then 1 - (1/2)^2.
-    first = moments(case, [10], 0.5)[1][0]
-    rows = [np.asarray(case.batch(seed), np.float64) for seed in (11, 13)]
-    second = 0.5 * first + 0.5 * rows[0].T @ rows[0] / 30
-    want = 0.25 * second + 0.75 * rows[1].T @ rows[1] / 30
-    vectors, values = state.vectors["kernel"], state.values["kernel"][:-1]
-    assert_close(np.asarray(vectors * values[None] @ vectors.T), want, 1e-4)

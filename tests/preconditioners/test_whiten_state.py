@@ -196,9 +196,10 @@ def test_a_kernel_sharded_along_its_inputs_is_refused_by_name():
             whiten().init({"kernel": kernel})
 
 
-def test_a_kernel_sharded_along_its_outputs_is_whitened():
+@pytest.mark.parametrize("n_outputs", [4, 6])
+def test_a_kernel_sharded_along_its_outputs_is_whitened(n_outputs):
     mesh, case, whitening = explicit_mesh(), CASES["dense"], whiten(refresh_every=1)
-    params = {"kernel": draw(1, 5, 4), "bias": draw(2, 4)}
+    params = {"kernel": draw(1, 5, n_outputs), "bias": draw(2, n_outputs)}
     want = run(case, whitening, SEEDS, params=params)
     want = whitening.operator(want).gram(params)
     with jax.set_mesh(mesh):

@@ -113,6 +113,23 @@ CASES = {
         lambda w: np.moveaxis(w.reshape(8, 2, 3), 1, 0),
         lambda b: b.reshape(2, 1, 3),
     ),
+    # With more outputs than inputs S is formed.
+    "grouped_more_outputs": Case(
+        {"kernel": draw(1, 1, 1, 2, 6), "bias": draw(2, 6)},
+        _grouped,
+        (10, 3, 3, 4),
+        lambda x: np.moveaxis(x.reshape(-1, 2, 2), 1, 0),
+        lambda w: np.moveaxis(w.reshape(2, 2, 3), 1, 0),
+        lambda b: b.reshape(2, 1, 3),
+    ),
+    "stacked_more_outputs": Case(
+        {"kernel": draw(1, 2, 3, 4), "bias": draw(2, 2, 4)},
+        lambda p, x: jax.vmap(jnp.dot)(x, p["kernel"]) + p["bias"][:, None],
+        (2, 30, 3),
+        lambda x: x,
+        lambda w: w,
+        lambda b: b[:, None],
+    ),
     "stacked": Case(
         {"kernel": draw(1, 2, 4, 3), "bias": draw(2, 2, 3)},
         lambda p, x: jax.vmap(jnp.dot)(x, p["kernel"]) + p["bias"][:, None],
@@ -183,7 +200,10 @@ def assert_close(got, want, tolerance):
 
 def settled(whitening, loss_fn, params, x, n=40):
     """The state when the same batch has come so often that the start is forgotten."""
-    _, grads, stats = jit(bnp_optax.value_and_grad(loss_fn, second_moments=True))(params, x)
+    value_and_grad = bnp_optax.value_and_grad(
+        loss_fn, second_moments=True, second_moment_rows=len(x)
+    )
+    _, grads, stats = jit(value_and_grad)(params, x)
 
     def step(state, _):
         return whitening.update(grads, state, layer_stats=stats), None
