@@ -31,7 +31,6 @@ COMMANDS = {
     "run": Command("tune and train methods on problems: the contest", "contest.command", "run"),
     "report": Command("tables and figures of the contest", "contest.command", "report"),
     "need": Command("does a problem need it: one batch beside who won", "contest.need"),
-    "cifar10": Command("Adam between P^T and P, and after it, 3000 steps", "contest.cifar10"),
     "demo": Command("a comparison in two minutes on a laptop", "demo.command", parses=True),
     "cost": Command("what a training step costs, beside BatchNorm's", "cost.step"),
     "cost-capture": Command("what the capture adds before a step runs", "cost.capture"),

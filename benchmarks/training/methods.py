@@ -117,6 +117,10 @@ def _after_bnp(**options: Any) -> Make:
     )
 
 
+def _adam_after_bnp(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
+    return optax.chain(bnp_optax.bnp_precondition(layers=layers), optax.adam(rate))
+
+
 def _momentum_after_bnp(
     rate: Any, layers: Layers | None, decay: float = 0.0
 ) -> optax.GradientTransformation:
@@ -185,6 +189,10 @@ METHODS: dict[str, Method] = {
     "bnp_sgd": Method("BNP + SGD", "none", _after_bnp(), True, _VERMILION, "-"),
     "bnp_momentum": Method("BNP + momentum", "none", _momentum_after_bnp, True, _PURPLE, "-", 1e-2),
     "adam_z": Method("Adam in z (BNP)", "none", _in_z(_adam), True, _BLUE, "-", 1e-3),
+    # The known way to go wrong.
+    "bnp_then_adam": Method(
+        "Adam after BNP (wrong)", "none", _adam_after_bnp, True, _PURPLE, ":", 1e-3
+    ),
     "adamw_z": Method("AdamW in z (BNP)", "none", _in_z(_adamw), True, _BLUE, "--", 1e-3),
     "muon_z": Method(
         "Muon in z (BNP)", "none", _in_z(_muon, scale=False), True, _YELLOW, "-", 1e-2

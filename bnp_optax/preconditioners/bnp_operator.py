@@ -25,9 +25,7 @@ class BNPState(NamedTuple):
 
     Every field but the last has the parameters' structure, with `optax.MaskedNode` where it has
     nothing to say, and without the boxes of Flax, such as `nn.Partitioned`, whose axis names are
-    those of the parameters; `bnp_optax.state_sharding` tells how to shard it. A layer's numbers
-    are an array of their own, so that layers of one shape are one program to compile; entries of
-    one vector for all layers would be a program each.
+    those of the parameters; `bnp_optax.state_sharding` tells how to shard it.
 
     Attributes:
       mean: At kernels with a bias, the running mean mu, which broadcasts against the kernel.
