@@ -75,7 +75,7 @@ def scalings(state: BNPState) -> dict[str, Scaling]:
     means, variances, numbers, inputs = map(named_leaves, state[:-1])
 
     def scaling(name: str, var: Array) -> Scaling:
-        of, axes, mean = Numbers(*numbers[name]), inputs.get(name), means.get(name)
+        of, axes, mean = Numbers.of(numbers[name]), inputs.get(name), means.get(name)
         floor = of.floor if axes is None else _floor_of_groups(mean, var, of, axes, state.eps)
         diagonal = jax.lax.rsqrt(floored(mean, var, of.weight, floor))
         return Scaling(None if mean is None else of.weight * mean, diagonal, of, axes)

@@ -45,6 +45,22 @@ class Numbers(NamedTuple):
     beta: Any
     shift: Any
 
+    @classmethod
+    def of(cls, vector: Float[Array, "10"]) -> "Numbers":
+        """Those of a vector.
+
+        Raises:
+          ValueError: If there are not as many.
+        """
+        if len(vector) != len(cls._fields):
+            msg = (
+                f"The state of `bnp` has {len(vector)} numbers for a layer, but this version keeps "
+                f"{len(cls._fields)}: it is a state of an older version. Call `init` on the "
+                "parameters; the running statistics take a few hundred steps."
+            )
+            raise ValueError(msg)
+        return cls(*vector)
+
     def vector(self) -> Float[Array, "10"]:
         """All of them; stacked, as in an update, they have one sharding in an explicit mesh."""
         return jnp.stack([jnp.asarray(number, jnp.float32) for number in self])

@@ -90,7 +90,7 @@ def moved(old: Running, batch: Batch, options: Options, rule: Rule) -> Running:
       options: Numbers of `bnp`.
       rule: Which of its options are on.
     """
-    numbers = Numbers(*old.numbers)
+    numbers = Numbers.of(old.numbers)
     first = None
     if rule.shrinks:
         first = 1.0 / (numbers.entered + 1.0)

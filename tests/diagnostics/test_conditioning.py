@@ -10,6 +10,7 @@ from support.diagnostics_problems import MLP, bnp_state, problem
 
 import bnp_optax
 from bnp_optax import diagnostics
+from bnp_optax.preconditioners.numbers import START
 
 
 def kappa_of_d(running, has_bias, options):
@@ -118,7 +119,8 @@ def test_conditioning_of_stacked_layers_and_groups_is_that_of_the_worst():
 
     def state_of(var, inputs, mean):
         bits = jnp.float32(sum(1 << axis for axis in inputs))
-        fields = (mean, jnp.asarray(var), jnp.array([0.5, 1.0, 0.0, 1.0]), bits)
+        numbers = START._replace(inv_q=0.5, entered=1.0).vector()
+        fields = (mean, jnp.asarray(var), numbers, bits)
         return bnp_optax.BNPState(*({"kernel": field} for field in fields), jnp.zeros(2))
 
     stacked = state_of(sigma**2, (1,), jnp.zeros((2, 3, 1)))

@@ -37,6 +37,15 @@ def test_adam_in_z_keeps_few_arrays_more_than_adam():
     assert sum(leaf.size for leaf in ours) <= 1.2 * sum(leaf.size for leaf in adams)
 
 
+def test_the_state_of_an_older_version_is_refused():
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    bnp = bnp_optax.bnp()
+    state = bnp.init(params)
+    old = state._replace(numbers={**state.numbers, "kernel": state.numbers["kernel"][:6]})
+    with pytest.raises(ValueError, match=r"has 6 numbers for a layer, but this version keeps 10"):
+        bnp.operator(old)
+
+
 def test_the_state_is_at_the_kernels():
     params = {"a": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}, "b": {"kernel": jnp.eye(2)}}
     state = bnp_optax.bnp().init(params)
