@@ -56,7 +56,7 @@ class Numbers(NamedTuple):
             msg = (
                 f"The state of `bnp` has {len(vector)} numbers for a layer, but this version keeps "
                 f"{len(cls._fields)}: it is a state of an older version. Call `init` on the "
-                "parameters; the running statistics take a few hundred steps."
+                "parameters, and train a few hundred steps for the running statistics to settle."
             )
             raise ValueError(msg)
         return cls(*vector)
