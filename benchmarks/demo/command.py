@@ -71,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         options = _options(argv)
         data = load(options.dataset, options.data_dir, options.train_size, options.eval_size)
+        _check_batches(options.plan, data)
         out = _output(options)
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -100,6 +101,13 @@ def _options(args: Sequence[str]) -> DemoOptions:
     return tyro.cli(DemoOptions, args=args, prog=PROGRAM, default=DemoOptions(plan=plan))
 
 
+def _check_batches(plan: DemoPlan, data: Dataset) -> None:
+    largest, available = max(plan.batch_sizes), len(data.train)
+    if largest > available:
+        msg = f"--batch-sizes has {largest}, but {data.name} has {available} images to train"
+        raise ValueError(msg)
+
+
 def _output(options: DemoOptions) -> Path:
     """Where the figure goes; its folder is made."""
     name = f"{options.dataset}-quick.png" if options.quick else f"{options.dataset}.png"
@@ -126,13 +134,19 @@ def _run(plan: DemoPlan, data: Dataset, console: Console) -> comparison.Outcome:
         for inputs in plan.inputs
     }
     columns = (
-        TextColumn("Tuning, training, timing"),
+        TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=comparison.amount_of_work(plan))
-        outcome = comparison.run(plan, datasets, lambda amount: progress.advance(task, amount))
-        progress.update(task, completed=comparison.amount_of_work(plan))
+        outcome = comparison.run(
+            plan,
+            datasets,
+            lambda amount: progress.advance(task, amount),
+            lambda doing: progress.update(task, description=doing),
+        )
+        done = comparison.amount_of_work(plan)
+        progress.update(task, completed=done, description="Tuned, trained, timed")
     return outcome

@@ -97,13 +97,19 @@ def amount_of_work(plan: DemoPlan) -> float:
     return each * len(plan.batch_sizes) * len(plan.methods)
 
 
-def run(plan: DemoPlan, datasets: Datasets, advance: Callable[[float], None]) -> Outcome:
+def run(
+    plan: DemoPlan,
+    datasets: Datasets,
+    advance: Callable[[float], None],
+    starts: Callable[[str], None] = lambda doing: None,
+) -> Outcome:
     """Run the contest.
 
     Args:
       plan: What to compare.
       datasets: By model and inputs.
       advance: Called with the amount of work done since the last call.
+      starts: Called with what begins, a method at a batch size; two of them run at a time.
     """
     jobs = [
         (model, batch_size, method)
@@ -121,13 +127,14 @@ def run(plan: DemoPlan, datasets: Datasets, advance: Callable[[float], None]) ->
     # Compiling uses one core, and so does a run of a small network.
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         try:
-            contest = _Contest(plan, datasets, advance, pool)
+            contest = _Contest(plan, datasets, advance, starts, pool)
             for entries in pool.map(lambda job: contest.contend(*job), jobs):
                 for entry in entries:
                     found[entry.setting].append(entry)
             if plan.turns and REFERENCE in plan.methods:
                 steps = dict(zip(jobs, pool.map(lambda job: contest.step(*job), jobs), strict=True))
                 for where in dict.fromkeys(job[:2] for job in jobs):
+                    starts(f"Timing {where[0].upper()}, batch size {where[1]}")
                     here = {method: steps[*where, method] for method in plan.methods}
                     step_times[where] = interleaved(here, REFERENCE, plan.turns)
         except BaseException:
@@ -144,11 +151,13 @@ class _Contest:
         plan: DemoPlan,
         datasets: Datasets,
         advance: Callable[[float], None],
+        starts: Callable[[str], None],
         pool: ThreadPoolExecutor,
     ):
         self.plan = plan
         self.datasets = datasets
         self.advance = advance
+        self.says = starts
         self.seeds = range(TUNING_SEED, TUNING_SEED + 1 + plan.seeds)
         # Methods with the same network share its initial values.
         methods: dict[Norm, MethodName] = {METHODS[m].norm: m for m in plan.methods}
@@ -165,6 +174,7 @@ class _Contest:
     def contend(self, model: ModelName, batch_size: int, method: MethodName) -> list[Entry]:
         """One method at one batch size, on all kinds of inputs: one compilation serves them all."""
         plan = self.plan
+        self.says(f"Training {model.upper()}, batch size {batch_size}, {METHODS[method].label}")
         lanes = Lanes(plan.network(model, method, in_lanes=True), METHODS[method])
         variables = self.starts[model, METHODS[method].norm]
         steps, n_lanes = plan.steps_at(batch_size), plan.seeds
@@ -207,6 +217,7 @@ class _Contest:
 
     def step(self, model: ModelName, batch_size: int, method: MethodName) -> Callable[[], None]:
         """A compiled training step, to be timed."""
+        self.says(f"Compiling {model.upper()}, batch size {batch_size}, {METHODS[method].label}")
         train = self.datasets[model, self.plan.inputs[-1]].train
         x, y = jnp.asarray(train.x[:batch_size]), jnp.asarray(train.y[:batch_size])
         variables = self.starts[model, METHODS[method].norm][0]

@@ -60,7 +60,8 @@ class DemoPlan:
         """Check the ranges.
 
         Raises:
-          ValueError: If a number is not positive and finite, or there is nothing to compare.
+          ValueError: If a number is not positive and finite, `turns` is negative, or there is
+            nothing to compare.
         """
         for name in ("models", "inputs", "batch_sizes", "methods", "rates"):
             if not getattr(self, name):
@@ -72,6 +73,9 @@ class DemoPlan:
             if not all(0 < number < math.inf for number in values):
                 msg = f"`{name}` must be positive and finite; got {value}"
                 raise ValueError(msg)
+        if self.turns < 0:
+            msg = f"`turns` must be 0 or more; got {self.turns}"
+            raise ValueError(msg)
 
     def steps_at(self, batch_size: int) -> int:
         """Number of steps at a batch size, a multiple of `points`."""

@@ -26,7 +26,7 @@ NOTES = (
     "steps to the loss in the block's first line, that of SGD, at its best rate, at the last step;"
     " - if never.",
     "time  of a compiled step as a multiple of SGD's, interleaved: median of the ratios and their"
-    " middle half.",
+    " middle half; - if that is too wide for the median to say anything.",
 )
 
 
@@ -129,11 +129,7 @@ def _rows(outcome: Outcome, setting: Setting, target: float | None) -> Iterable[
             _marked(f"{100 * accuracy:.1f} ±{spread:.1f}", accuracy == max(accuracies)),
             Text(f"{100 * np.mean(entry.documented_accuracy):.1f}, {method.start:g}"),
             _marked("-" if steps is None else str(steps), steps is not None and steps == fastest),
-            Text(
-                "-"
-                if time is None
-                else f"{time.ratio:.1f} ({time.quartiles[0]:.1f}-{time.quartiles[1]:.1f})"
-            ),
+            Text("-" if time is None else str(time)),
         ]
 
 

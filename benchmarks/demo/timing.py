@@ -15,6 +15,8 @@ from benchmarks.training.parts import find_layers, init_carry, make_step
 
 _CALLS_PER_TURN = 5
 _WARM_UP_TURNS = 2
+# The quartiles of ratios that are worth a number are no further apart than by this factor.
+_MAX_SPREAD = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,11 @@ class StepTime:
     seconds: float
     ratio: float
     quartiles: tuple[float, float]
+
+    def __str__(self) -> str:
+        """Ratio and quartiles; nothing where these are so far apart that the ratio says nothing."""
+        low, high = self.quartiles
+        return f"{self.ratio:.1f} ({low:.1f}-{high:.1f})" if high <= _MAX_SPREAD * low else "-"
 
 
 def compile_step(

@@ -25,7 +25,7 @@ from bnp_optax.preconditioners.bnp_operator import BNPOperator, BNPState
 from bnp_optax.preconditioners.fixed import check_fixed, held_statistics
 from bnp_optax.preconditioners.layout import layers_of
 from bnp_optax.preconditioners.matching import LEFT_OUT, check_same_layers, match_statistics
-from bnp_optax.preconditioners.numbers import START
+from bnp_optax.preconditioners.numbers import START, vector
 from bnp_optax.preconditioners.running import Batch, Options, Rule, Running, Variance, moved
 from bnp_optax.preconditioners.together import together
 from bnp_optax.statistics import Layer, LayerStats
@@ -179,7 +179,7 @@ def bnp(
     held = {name: held_statistics(stats) for name, stats in (fixed or {}).items()}
 
     def eps() -> Array:
-        return _vector(eps_rel, eps_abs, *([] if shrinkage is None else [shrinkage]))
+        return vector(eps_rel, eps_abs, *([] if shrinkage is None else [shrinkage]))
 
     def init(params: Any) -> BNPState:
         found, leaves = layers_of(params, layers), named_leaves(params)
@@ -245,9 +245,10 @@ def bnp(
             mean = _widened(old.mean[name], stats) if name in old.mean else None
             var = _widened(old.var[name], stats)
             stats = jax.tree.map(functools.partial(_placed, like=var), stats)
-            arrived = (Running(mean, var, old.numbers[name]), Batch.of(stats))
             # Without axes of size 1 more layers have one shape.
-            came[name] = jax.tree.map(functools.partial(_without_ones, like=var), arrived)
+            short = functools.partial(_without_ones, like=var)
+            mean, shorter, batch = jax.tree.map(short, (mean, var, Batch.of(stats)))
+            came[name] = (Running(mean, shorter, old.numbers[name]), batch)
             shapes[name] = var.shape
         found = together(
             lambda rule, *args: moved(*args, options, rule=rule), came, rules_of(matched)
@@ -273,11 +274,6 @@ def bnp(
 def _at(tree: Any, arrays: dict[str, Any]) -> Any:
     """A tree of the structure of `tree`, unboxed, with `arrays` at their names, else masks."""
     return replace_leaves(mask_leaves(tree), arrays)
-
-
-def _vector(*numbers: ArrayLike) -> Array:
-    """A float32 vector; stacked, as in an update, it has the same sharding in an explicit mesh."""
-    return jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers])
 
 
 def _bits(layer: Layer) -> Float[Array, ""]:
@@ -314,9 +310,9 @@ def _placed(x: Array, like: Array) -> Array:
 
 
 def _without_ones(x: Array, like: Array) -> Array:
-    """An array of as many axes as `like` without those where that has size 1."""
+    """Statistics without the axes where `like` has size 1; the count has none."""
     ones = tuple(axis for axis, size in enumerate(like.shape) if size == 1)
-    return jnp.squeeze(x, ones) if x.ndim == like.ndim else x
+    return jnp.squeeze(x, ones) if x.ndim else x
 
 
 def _whole_network(matched: Mapping[str, tuple[Layer, LayerStats]]) -> tuple[float, float]:

@@ -170,7 +170,7 @@ class BNPOperator(Operator):
                 square = None
                 if scaling.inputs is None:
                     square = layer.fan_in * inv_q**2 * scaling.numbers.shift
-                s_b = inv_q * self._beta(scaling, mean, w, aligned)
+                s_b = inv_q * self._beta(scaling, layer.fan_in, mean, w, aligned)
                 w, b = function(w, aligned, Entries(mean, s, s_b, square))
                 restored = layer.restore_bias(b, bias.shape).astype(bias.dtype)
                 new[layer.bias] = fitted(restored, bias)
@@ -179,13 +179,15 @@ class BNPOperator(Operator):
             new |= self._others(function, {n: x for n, x in leaves.items() if n not in new})
         return replace_leaves(tree, new)
 
-    def _beta(self, scaling: Scaling, mean: Array, w: Array, bias: Array) -> Array | float:
+    def _beta(
+        self, scaling: Scaling, fan_in: int, mean: Array, w: Array, bias: Array
+    ) -> Array | float:
+        """D's entry of the bias, which `numbers` has of groups and stacked layers together only."""
         if not self._scale_bias:
             return 1.0
         if scaling.inputs is None:
             return scaling.numbers.beta
-        n_inputs = w.size // bias.size
-        square = centering.squared_length(mean, w, bias) / n_inputs
+        square = centering.squared_length(mean, w, bias) / fan_in
         return jnp.where(scaling.held, 1.0, jnp.sqrt(1.0 + square))
 
     def _others(

@@ -13,6 +13,7 @@ for all layers of a shape at once.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 Scalar = Float[Array, ""]
@@ -62,8 +63,13 @@ class Numbers(NamedTuple):
         return cls(*vector)
 
     def vector(self) -> Float[Array, "10"]:
-        """All of them; stacked, as in an update, they have one sharding in an explicit mesh."""
-        return jnp.stack([jnp.asarray(number, jnp.float32) for number in self])
+        """All of them."""
+        return vector(*self)
+
+
+def vector(*numbers: ArrayLike) -> Float[Array, "_"]:
+    """A float32 vector; stacked, as in an update, it has the same sharding in an explicit mesh."""
+    return jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers])
 
 
 # Of a layer without statistics, mean 0 and variance 1, which count as one example.

@@ -42,14 +42,17 @@ def start(layer: Layer, rank: int, max_fan_in: int) -> Running:
         # A copy, for a donated state must not have one array twice.
         return jnp.array(jnp.broadcast_to(x, (*blocks, *x.shape)), copy=True)
 
-    eye = np.eye(n, dtype=np.float32)
+    def eye(columns: int) -> np.ndarray:
+        return np.eye(n, columns, dtype=np.float32)
+
     if n <= max_fan_in:
-        return Running(mean, everywhere(eye), everywhere(eye), everywhere(np.ones(n)), numbers)
+        values = everywhere(np.ones(n))
+        return Running(mean, everywhere(eye(n)), everywhere(eye(n)), values, numbers)
     rank = min(rank, n)
     products = sketches.n_products(n, rank)
-    covariance = jnp.asarray(eye) if products is None else sketches.of_identity(products, n)
+    covariance = eye(n) if products is None else sketches.of_identity(products, n)
     values = everywhere(np.ones(rank + 1))
-    return Running(mean, everywhere(covariance), everywhere(eye[:, :rank]), values, numbers)
+    return Running(mean, everywhere(covariance), everywhere(eye(rank)), values, numbers)
 
 
 def updated(before: Running, stats: LayerStats, decay: ArrayLike, refresh_every: int) -> Running:

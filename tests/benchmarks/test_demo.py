@@ -26,7 +26,7 @@ from benchmarks import data
 from benchmarks.demo import command, comparison, figure, report
 from benchmarks.demo.lanes import Lanes
 from benchmarks.demo.plan import DemoPlan, Setting
-from benchmarks.demo.timing import interleaved
+from benchmarks.demo.timing import StepTime, interleaved
 from benchmarks.networks.small import CNN, MLP, convolve_patches
 from benchmarks.training import parts
 from benchmarks.training.methods import METHODS
@@ -66,7 +66,7 @@ def test_tables_show_every_contestant_and_verdict(quick):
                 assert f" {result['final_train_loss']:#.2g}" in row
                 assert f" {100 * result['test_accuracy']:.1f} " in row
                 assert f" {result['steps_to_target'] or '-'}" in row
-                assert f" {result['step_time']['ratio']:.1f} (" in row
+                assert row.rstrip().endswith(f" {StepTime(**result['step_time'])}")
         best = min(r["final_train_loss"] for r in numbers["results"] if r["inputs"] == inputs)
         assert f" {best:#.2g}{report.BEST} " in table
     assert verdict.count("won") + verdict.count("lost") + verdict.count("even") >= 4
@@ -185,6 +185,11 @@ def test_interleaved_reports_ratios_to_the_reference():
     assert times["a"].ratio == 1.0
     assert times["a"].quartiles == (1.0, 1.0)
     assert times["b"].ratio > 2.0
+
+
+def test_times_whose_spread_says_nothing_are_blank():
+    assert str(StepTime(1e-3, 1.25, (1.0, 1.4))) == "1.2 (1.0-1.4)"
+    assert str(StepTime(1e-3, 3.0, (1.0, 8.5))) == "-"
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
@@ -376,6 +381,8 @@ def test_missing_folder_gets_one_line(capsys, monkeypatch):
         (["--eval-size", "3"], "3 of"),
         (["--seeds", "0"], "seeds"),
         (["--batch-sizes", "4", "-1"], "batch_sizes"),
+        (["--batch-sizes", "4", "2000"], "1077 images"),
+        (["--turns", "-1"], "`turns` must be 0 or more; got -1"),
         (["--rates", "nan"], "rates"),
         (["--models"], "models"),
         (["--out", "figure.gif"], ".png"),

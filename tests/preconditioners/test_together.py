@@ -80,3 +80,33 @@ def test_a_network_moves_as_its_layers_do_one_by_one(make):
             )
             assert_trees_close(updates[name], one, rtol=1e-6)
         params = jax.tree.map(jnp.add, params, jax.tree.map(lambda u: 0.1 * u, updates))
+
+
+def test_kernels_of_one_number():
+    """Two of one axis, whose only size is 1."""
+    params = {"v": jnp.ones(1), "w": jnp.ones(1), "b": jnp.zeros(())}
+    x = jnp.arange(4.0)[:, None]
+    loss_fn = lambda p: jnp.mean((x @ p["v"] + x @ p["w"] + p["b"][None] - 1.0) ** 2)  # noqa: E731
+    tx = bnp_optax.bnp_adam(layers=bnp_optax.find_layers(loss_fn, params))
+    _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params)
+    updates, _ = tx.update(grads, tx.init(params), params, layer_stats=stats)
+    assert jax.tree.map(jnp.shape, updates) == {"v": (1,), "w": (1,), "b": ()}
+    assert float(updates["v"][0]) == float(updates["w"][0]) < 0.0
+
+
+def test_second_moments_that_came_for_another():
+    params = {name: {"kernel": jnp.ones((3, 3)), "bias": jnp.zeros(3)} for name in "ab"}
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+
+    def loss_fn(p):
+        y = x
+        for layer in p.values():
+            y = jnp.tanh(y @ layer["kernel"] + layer["bias"][None])
+        return jnp.mean(y**2)
+
+    tx = bnp_optax.bnp_sgd()
+    found = []
+    for second in (None, True):
+        _, grads, stats = bnp_optax.value_and_grad(loss_fn, second_moments=second)(params)
+        found.append(tx.update(grads, tx.init(params), params, layer_stats=stats)[0])
+    assert_trees_close(*found)

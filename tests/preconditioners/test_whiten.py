@@ -14,6 +14,7 @@ from support.whiten_cases import (
     SEEDS,
     Case,
     assert_close,
+    assert_is,
     draw,
     moments,
     preconditioner,
@@ -24,19 +25,6 @@ from support.whiten_cases import (
 import bnp_optax
 from bnp_optax import bnp, whiten
 from bnp_optax.diagnostics import condition_number
-
-
-def assert_is(P, matrix, case, tree, tolerance=2e-5):
-    """P, its transpose, inverse and square are those of `matrix`."""
-    columns = case.units(tree)
-    parts = {
-        "mv": matrix,
-        "transpose": np.swapaxes(matrix, 1, 2),
-        "solve": np.linalg.inv(matrix),
-        "gram": matrix @ np.swapaxes(matrix, 1, 2),
-    }
-    for name, part in parts.items():
-        assert_close(case.units(getattr(P, name)(tree)), part @ columns, tolerance)
 
 
 @functools.cache

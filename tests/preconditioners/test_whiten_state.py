@@ -16,6 +16,7 @@ from support.whiten_cases import (
     draw,
     run,
     settled,
+    trained,
 )
 
 import bnp_optax
@@ -141,17 +142,9 @@ def test_training_with_microbatches_is_training_with_their_union(make):
     x = jnp.concatenate([case.batch(seed) + seed for seed in range(4)])
     value_and_grad = jit(bnp_optax.value_and_grad(case.loss, second_moments=True))
 
-    def trained(tx, batches):
-        params, state = case.params, tx.init(case.params)
-        for batch in batches:
-            _, grads, stats = value_and_grad(params, batch)
-            updates, state = tx.update(grads, state, params, layer_stats=stats)
-            params = optax.apply_updates(params, updates)
-        return params
-
     tx = make(0.01, refresh_every=1)
-    parts = trained(bnp_optax.multi_steps(tx, 4), jnp.split(x, 4) * 2)
-    whole = trained(tx, [x] * 2)
+    parts = trained(case, value_and_grad, bnp_optax.multi_steps(tx, 4), jnp.split(x, 4) * 2)
+    whole = trained(case, value_and_grad, tx, [x] * 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), parts, whole)
 
 

@@ -5,11 +5,18 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from support.quick_jit import jit
 from support.sketch_cases import K, explicit, nystrom
-from support.whiten_cases import Case, assert_close, draw, moments, preconditioner
+from support.whiten_cases import (
+    Case,
+    assert_close,
+    assert_is,
+    draw,
+    moments,
+    preconditioner,
+    trained,
+)
 
 import bnp_optax
 from bnp_optax import whiten
@@ -83,15 +90,7 @@ def test_dense_matrices(kind, exponent, damping, fan_in):
     case = case_of(kind)
     whitening = wide(case, exponent=exponent, damping=damping, refresh_every=1)
     P = whitening.operator(run(case, whitening, SEEDS, fan_in))
-    matrix, columns = dense_matrices(kind, exponent, damping), case.units(case.params)
-    parts = {
-        "mv": matrix,
-        "transpose": np.swapaxes(matrix, 1, 2),
-        "solve": np.linalg.inv(matrix),
-        "gram": matrix @ np.swapaxes(matrix, 1, 2),
-    }
-    for name, part in parts.items():
-        assert_close(case.units(getattr(P, name)(case.params)), part @ columns, 2e-4)
+    assert_is(P, dense_matrices(kind, exponent, damping), case, case.params, 2e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,17 +139,9 @@ def test_training_with_microbatches_is_training_with_their_union(make, fan_in):
     x = jnp.concatenate([case.batch(seed) + seed for seed in range(4)])
     value_and_grad = capture(case, fan_in)
 
-    def trained(tx, batches):
-        params, state = case.params, tx.init(case.params)
-        for batch in batches:
-            _, grads, stats = value_and_grad(params, batch)
-            updates, state = tx.update(grads, state, params, layer_stats=stats)
-            params = optax.apply_updates(params, updates)
-        return params
-
     tx = make(0.01, refresh_every=1, max_fan_in=32, rank=RANK)
-    parts = trained(bnp_optax.multi_steps(tx, 4), jnp.split(x, 4) * 2)
-    whole = trained(tx, [x] * 2)
+    parts = trained(case, value_and_grad, bnp_optax.multi_steps(tx, 4), jnp.split(x, 4) * 2)
+    whole = trained(case, value_and_grad, tx, [x] * 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), parts, whole)
 
 

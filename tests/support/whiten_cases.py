@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import scipy.linalg
 
 import bnp_optax
@@ -210,3 +211,26 @@ def settled(whitening, loss_fn, params, x, n=40):
 
     many = jit(lambda state: jax.lax.scan(step, state, None, n)[0])
     return many(whitening.init(params)), grads
+
+
+def assert_is(P, matrix, case, tree, tolerance=2e-5):
+    """P, its transpose, inverse and square are those of `matrix`."""
+    columns = case.units(tree)
+    parts = {
+        "mv": matrix,
+        "transpose": np.swapaxes(matrix, 1, 2),
+        "solve": np.linalg.inv(matrix),
+        "gram": matrix @ np.swapaxes(matrix, 1, 2),
+    }
+    for name, part in parts.items():
+        assert_close(case.units(getattr(P, name)(tree)), part @ columns, tolerance)
+
+
+def trained(case, value_and_grad, tx, batches):
+    """The parameters after a step on each batch."""
+    params, state = case.params, tx.init(case.params)
+    for batch in batches:
+        _, grads, stats = value_and_grad(params, batch)
+        updates, state = tx.update(grads, state, params, layer_stats=stats)
+        params = optax.apply_updates(params, updates)
+    return params
