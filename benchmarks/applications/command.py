@@ -9,6 +9,7 @@ from rich.console import Console
 from benchmarks.applications import continual, pinn, private, search, streaming
 from benchmarks.applications.base import Application
 from benchmarks.applications.report import as_table, draw
+from benchmarks.arguments import Count, CountOrNone
 from benchmarks.contest.campaign import matching
 from benchmarks.environment import environment
 
@@ -28,12 +29,12 @@ def registry(data_dir: Path | None) -> dict[str, Application]:
 
 def main(
     only: tuple[str, ...] = ("*",),
-    seeds: int = 3,
-    tuning_seeds: int = 1,
-    steps: int | None = None,
+    seeds: Count = 3,
+    tuning_seeds: Count = 1,
+    steps: CountOrNone = None,
     data_dir: Path | None = None,
     results: Path = RESULTS,
-    workers: int = 1,
+    workers: Count = 1,
 ) -> int:
     """Tune and train every contestant of each application; table, figure and numbers.
 
@@ -52,9 +53,6 @@ def main(
     known = registry(data_dir)
     try:
         names = matching(known, only, "application")
-        if workers < 1:
-            msg = f"`workers` must be at least 1, got {workers}"
-            raise ValueError(msg)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -24,6 +24,7 @@ import bnp_optax
 from benchmarks.applications import tasks
 from benchmarks.applications.continual import LAST, compiled
 from benchmarks.applications.learners import LEARNERS, WIDTH, Learner, Network, undecayed
+from benchmarks.arguments import Count
 from benchmarks.contest.tables import table
 from benchmarks.environment import environment
 
@@ -43,8 +44,8 @@ class TableOptions:
       results: Where the numbers go.
     """
 
-    tasks: int = 40
-    seeds: int = 2
+    tasks: Count = 40
+    seeds: Count = 2
     data_dir: Path | None = None
     results: Path = Path("results/applications/plasticity.json")
 
@@ -61,7 +62,7 @@ class DecayOptions:
       data_dir: Folder of mnist.npz; the environment variable BNP_DATA_DIR if not given.
     """
 
-    tasks: int = 40
+    tasks: Count = 40
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     strengths: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     learners: tuple[str, ...] = tuple(name for name, one in LEARNERS.items() if one.decay)

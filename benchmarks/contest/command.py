@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import problems as registry
+from benchmarks.arguments import Count
 from benchmarks.contest import campaign
 from benchmarks.contest.campaign import Choice, matching
 from benchmarks.contest.report import write
@@ -25,11 +26,11 @@ def run(
     problems: tuple[str, ...] = ("*digits*", "tabular-*", "friedman-*", "text-*"),
     methods: tuple[str, ...] = (),
     scale: Scale = "small",
-    seeds: int = 3,
+    seeds: Count = 3,
     rates: tuple[float, ...] = RATES,
     data_dir: Path | None = None,
     results: Path = RESULTS,
-    workers: int = 2,
+    workers: Count = 2,
     show: bool = False,
 ) -> int:
     """Tune and train each method on each problem, and keep every result.
@@ -51,9 +52,6 @@ def run(
     try:
         names = matching(known, problems, "problem")
         chosen = matching(METHODS, methods, "method") if methods else None
-        if seeds < 1 or workers < 1:
-            msg = f"`seeds` and `workers` must be at least 1, got {seeds} and {workers}"
-            raise ValueError(msg)
         if not rates or not all(0.0 < rate < math.inf for rate in rates):
             msg = f"`rates` must be positive and finite, at least one, got {rates}"
             raise ValueError(msg)

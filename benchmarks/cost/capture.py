@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bnp_optax
+from benchmarks.arguments import Count, CountOrZero
 from benchmarks.cost import methods
 from benchmarks.cost.methods import BNP, SGD, CostMethod
 from benchmarks.cost.step import peak_memory
@@ -198,12 +199,12 @@ class CaptureConfig:
       out: Where the numbers go, with their environment.
     """
 
-    depth: int = 12
-    compiled_depth: int = 24
-    width: int = 64
-    turns: int = 5
-    compiled_turns: int = 3
-    steps: int = 0
+    depth: Count = 12
+    compiled_depth: Count = 24
+    width: Count = 64
+    turns: Count = 5
+    compiled_turns: Count = 3
+    steps: CountOrZero = 0
     out: pathlib.Path = pathlib.Path("results/capture_cost.json")
 
 

@@ -28,6 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.arguments import Count
 from benchmarks.cost.methods import (
     BATCH_NORM,
     METHODS,
@@ -157,7 +158,7 @@ def _ratios(key: str, times: dict[str, list[float]], name: str) -> dict[str, Any
 
 
 def main(
-    turns: int = 60, quick: bool = False, out: pathlib.Path = pathlib.Path("results/cost.json")
+    turns: Count = 60, quick: bool = False, out: pathlib.Path = pathlib.Path("results/cost.json")
 ) -> None:
     """Measure what a training step costs, print tables and draw the paper's Figure 9.
 

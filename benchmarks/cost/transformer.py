@@ -29,6 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 import bnp_optax
+from benchmarks.arguments import Count
 from benchmarks.environment import environment
 
 
@@ -80,11 +81,11 @@ class TransformerConfig:
       out: Where the numbers go, with their environment.
     """
 
-    depth: int = 24
-    width: int = 256
-    batch_size: int = 8
-    length: int = 128
-    turns: int = 20
+    depth: Count = 24
+    width: Count = 256
+    batch_size: Count = 8
+    length: Count = 128
+    turns: Count = 20
     out: pathlib.Path = pathlib.Path("results/transformer_cost.json")
 
 

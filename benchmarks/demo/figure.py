@@ -1,4 +1,4 @@
-"""The figure of a contest: loss and accuracy over the steps."""
+"""The figure of a contest: test accuracy by batch size, a panel for each network and inputs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,94 +6,83 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
 
 from benchmarks.demo.comparison import Entry, Outcome
-from benchmarks.demo.plan import DemoPlan, Inputs, Setting
-from benchmarks.networks.small import ModelName
+from benchmarks.demo.plan import DemoPlan, Setting
 from benchmarks.training.methods import METHODS
 
 FORMATS = (".png", ".pdf", ".svg")
 
-_LOSS_LIMITS = (1e-4, 10.0)
-_ACCURACY_TICKS = (0, 50, 80, 90, 95, 98, 99)
+_TICKS = (0, 50, 80, 90, 95, 98, 99, 99.5)
+# Of the distance between two batch sizes, how much of it the methods at one of them take up.
+_SPREAD = 0.6
 
 
 def save_figure(plan: DemoPlan, outcome: Outcome, title: str, path: Path) -> None:
-    """Draw every setting's training loss and test accuracy, and write the figure to `path`.
+    """Draw the test accuracy at the last step of every method, and write the figure to `path`.
 
-    Lines are means over seeds, bands reach from the lowest to the highest seed. A column is a
-    network and batch size, a pair of rows the kind of inputs. Accuracies are spaced by the
-    logarithm of the error.
+    A panel is a network and a kind of inputs. Points are means over seeds at the rate that
+    validation chose, bars reach from the lowest to the highest seed, rings are means at the
+    documented rate. Accuracies are spaced by the logarithm of the error.
     """
-    columns: list[tuple[ModelName, int]] = [
-        (model, size) for model in plan.models for size in plan.batch_sizes
-    ]
-    rows: list[tuple[Inputs, str]] = [
-        (inputs, what) for inputs in plan.inputs for what in ("loss", "accuracy")
-    ]
     figure, axes = plt.subplots(
-        len(rows),
-        len(columns),
-        figsize=(1.5 + 3.1 * len(columns), 1.3 + 2.5 * len(rows)),
-        sharex="col",
+        len(plan.inputs),
+        len(plan.models),
+        figsize=(1.0 + 4.2 * len(plan.models), 1.3 + 2.6 * len(plan.inputs)),
+        sharex=True,
         sharey="row",
         squeeze=False,
         layout="constrained",
     )
-    for i, (inputs, what) in enumerate(rows):
-        for axis, (model, batch_size) in zip(axes[i], columns, strict=True):
-            _draw(axis, outcome.entries[Setting(model, inputs, batch_size)], what)
-        unit = "train loss, nats" if what == "loss" else "test accuracy, %"
-        axes[i, 0].set_ylabel(f"{inputs} inputs\n{unit}")
-        _scale(axes[i, 0], what, outcome)
-    for j, (model, batch_size) in enumerate(columns):
-        axes[0, j].set_title(f"{model.upper()}, batch size {batch_size}")
-        axes[-1, j].set_xlabel("step")
-        axes[-1, j].xaxis.set_major_locator(MaxNLocator(4))
-    lines, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside upper right", ncols=len(labels), frameon=False)
-    title = f"{title}; losses above {_LOSS_LIMITS[1]:g} are drawn there"
+    for row, inputs in zip(axes, plan.inputs, strict=True):
+        for axis, model in zip(row, plan.models, strict=True):
+            for place, batch_size in enumerate(plan.batch_sizes):
+                _draw(axis, place, outcome.entries[Setting(model, inputs, batch_size)])
+            axis.set_title(f"{model.upper()}, {inputs} inputs", fontsize="medium")
+            axis.set_xticks(range(len(plan.batch_sizes)), map(str, plan.batch_sizes))
+            axis.tick_params(axis="x", length=0)
+            axis.grid(axis="y", alpha=0.25)
+        row[0].set_ylabel("test accuracy, %")
+        _scale(row[0])
+    for axis in axes[-1]:
+        axis.set_xlabel("batch size")
+    lines = [_handle(METHODS[name].label, METHODS[name].color, "o") for name in plan.methods]
+    lines.append(_handle("at the documented rate", "gray", "o", fillstyle="none"))
+    figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title, fontsize="medium", x=0.01, ha="left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw(axis: Any, entries: Sequence[Entry], what: str) -> None:
-    for entry in entries:
+def _handle(label: str, color: str, marker: str, **options: Any) -> Line2D:
+    return Line2D([], [], label=label, color=color, marker=marker, linestyle="none", **options)
+
+
+def _draw(axis: Any, place: int, entries: Sequence[Entry]) -> None:
+    """The methods at one batch size, side by side."""
+    offsets = _SPREAD * (np.arange(len(entries)) + 0.5) / len(entries) - _SPREAD / 2
+    for entry, x in zip(entries, place + offsets, strict=True):
         method = METHODS[entry.method]
-        if what == "loss":
-            curves = np.clip(np.nan_to_num(entry.train_loss, nan=np.inf), *_LOSS_LIMITS)
-        else:
-            curves = 100 * entry.test_accuracy
-        width = 2.0 if method.needs_stats else 1.5
-        axis.plot(
-            entry.steps,
-            curves.mean(axis=0),
-            method.dashes,
-            color=method.color,
-            lw=width,
-            label=method.label,
-        )
-        band = curves.min(axis=0), curves.max(axis=0)
-        axis.fill_between(entry.steps, *band, color=method.color, alpha=0.12, lw=0)
-    axis.grid(alpha=0.25)
+        accuracies = 100 * entry.test_accuracy[:, -1]
+        axis.plot([x, x], [accuracies.min(), accuracies.max()], color=method.color, lw=1.5)
+        axis.plot(x, accuracies.mean(), "o", color=method.color, ms=6)
+        documented = 100 * np.mean(entry.documented_accuracy)
+        axis.plot(x, documented, "o", color=method.color, ms=6, fillstyle="none")
 
 
-def _scale(axis: Any, what: str, outcome: Outcome) -> None:
-    """The vertical axis of a row."""
-    if what == "loss":
-        losses = [e.mean_loss for entries in outcome.entries.values() for e in entries]
-        lowest = np.clip(np.min(losses, where=np.isfinite(losses), initial=1.0), *_LOSS_LIMITS)
-        axis.set_yscale("log")
-        axis.set_ylim(lowest / 1.5, 1.5 * _LOSS_LIMITS[1])
-    else:
-        axis.set_yscale(
-            "function",
-            functions=(
-                lambda accuracy: -np.log10(np.maximum(100 - accuracy, 0.1)),
-                lambda logarithm: 100 - 10.0**-logarithm,
-            ),
-        )
-        axis.set_ylim(0, _ACCURACY_TICKS[-1])
-        axis.set_yticks(_ACCURACY_TICKS)
+def _scale(axis: Any) -> None:
+    """The vertical axis of a row, to the ticks beyond what is drawn."""
+    panels = axis.get_shared_y_axes().get_siblings(axis)
+    drawn = np.concatenate([line.get_ydata() for panel in panels for line in panel.lines])
+    axis.set_yscale(
+        "function",
+        functions=(
+            lambda accuracy: -np.log10(np.maximum(100 - accuracy, 0.1)),
+            lambda logarithm: 100 - 10.0**-logarithm,
+        ),
+    )
+    low = max((tick for tick in _TICKS if tick <= drawn.min()), default=_TICKS[0])
+    high = min((tick for tick in _TICKS if tick >= drawn.max()), default=99.9)
+    axis.set_ylim(low, high)
+    axis.set_yticks([tick for tick in _TICKS if low <= tick <= high])

@@ -61,6 +61,7 @@ TRANSFORMER = (
     "layernorm_muon",
     "ready_sgd",
     "ready_adamw",
+    "ready_adamw_ln",
     "bnp_sgd",
     "adamw_z",
     "muon_z",
@@ -68,7 +69,8 @@ TRANSFORMER = (
 )
 
 DEEP_TRANSFORMER = (
-    *("adamw", "muon", "layernorm_adamw", "layernorm_muon", "ready_adamw", "adamw_z"),
+    *("adamw", "muon", "layernorm_adamw", "layernorm_muon", "adamw_z"),
+    *("ready_adamw", "ready_adamw_ln"),
     *("whiten_adam", "whiten_muon", "whiten_adam_ln", "whiten_muon_ln"),
 )
 

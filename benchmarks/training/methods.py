@@ -176,6 +176,9 @@ METHODS: dict[str, Method] = {
     "ready_sgd": Method("bnp_sgd", "none", _ready(bnp_optax.bnp_sgd), True, _VERMILION, "-", SGD),
     "ready_adam": Method("bnp_adam", "none", _ready(bnp_optax.bnp_adam), True, _BLUE, "-", ADAM),
     "ready_adamw": Method("bnp_adamw", "none", _ready_adamw, True, _BLUE, "--", ADAMW),
+    "ready_adamw_ln": Method(
+        "bnp_adamw + LayerNorm", "layer", _ready_adamw, True, _SKY, "--", ADAMW
+    ),
     # the same from initial values of z,
     "from_z_sgd": Method(
         *("bnp_sgd from z", "none", _ready(bnp_optax.bnp_sgd), True, _VERMILION, "-.", SGD),

@@ -7,9 +7,15 @@ r m are the same as, for C = M2 - mu mu^T,
 
 in which no two large numbers are subtracted. Without a bias mu stays 0, and C is M2. All of it is
 linear in C, B and d d^T, so that in a wide layer their sketches take their places.
+
+When a layer is due, layers of one shape are decomposed at once, and all of it is one branch of the
+program: a GPU decomposes a stack of small matrices in little more time than one of them, and waits
+for the host at each branch.
 """
 
-from typing import NamedTuple
+import collections
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +24,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from bnp_optax import sketches
+from bnp_optax.preconditioners.together import together
 from bnp_optax.statistics import Layer, LayerStats
+
+# Numbers in the matrices that are decomposed at once, 64 MB, which bounds the memory for it.
+_AT_ONCE = 2**24
 
 
 class Running(NamedTuple):
@@ -55,8 +65,13 @@ def start(layer: Layer, rank: int, max_fan_in: int) -> Running:
     return Running(mean, everywhere(covariance), everywhere(eye(rank)), values, numbers)
 
 
-def updated(before: Running, stats: LayerStats, decay: ArrayLike, refresh_every: int) -> Running:
-    """The running statistics with those of a batch, unless these are not finite or of no input."""
+def moved(
+    before: Running, stats: LayerStats, decay: ArrayLike, refresh_every: int
+) -> tuple[Running, Bool[Array, ""]]:
+    """The running statistics with those of a batch, and whether to decompose the covariance now.
+
+    A batch whose statistics are not finite, or are of no input, does not enter.
+    """
     mean, covariance, vectors, values, numbers = before
     refreshed, entered, rejected = numbers
     batch_mean, batch = stats.input_mean, stats.total_covariance
@@ -66,29 +81,70 @@ def updated(before: Running, stats: LayerStats, decay: ArrayLike, refresh_every:
     distance = batch_mean if mean is None else batch_mean - mean
     gap = 1.0 if mean is None else 1.0 - rate
 
-    def moved(old: Array, batch: Array, square: Array) -> Array:
+    def mixed(old: Array, batch: Array, square: Array) -> Array:
         return (1.0 - rate) * old + rate * (batch + gap * square)
 
     # The diagonal by itself, so that the matrix is read and written once.
     variances = sketches.diagonal(batch)
     valid = _are_valid(
-        batch, moved(sketches.diagonal(covariance), variances, distance**2), stats.count
+        batch, mixed(sketches.diagonal(covariance), variances, distance**2), stats.count
     )
     accept = valid & (stats.count > 0.0)
-    new = moved(covariance, batch, sketches.outer(distance, covariance))
+    new = mixed(covariance, batch, sketches.outer(distance, covariance))
     covariance = jnp.where(accept, new, covariance)
     if mean is not None:
         mean = jnp.where(accept, mean + rate * distance, mean)
     entered, rejected = entered + accept, rejected + (~valid & (stats.count != 0.0))
     due = accept & _is_due(entered, refresh_every)
-    values, vectors = jax.lax.cond(
-        due,
-        lambda values, vectors, covariance: decomposed(covariance, values, vectors),
-        lambda values, vectors, _: (values, vectors),
-        *(values, vectors, covariance),
-    )
     numbers = jnp.stack([jnp.where(due, entered, refreshed), entered, rejected])
-    return Running(mean, covariance, vectors, values, numbers)
+    return Running(mean, covariance, vectors, values, numbers), due
+
+
+def decomposed(
+    parts: Mapping[str, Running], due: Mapping[str, Bool[Array, ""]]
+) -> dict[str, Running]:
+    """The statistics of all layers, those that are due with eigenvalues and eigenvectors anew."""
+    alike = collections.defaultdict(list)
+    for name in parts:
+        alike[jax.typeof(due[name])].append(name)  # They may vary over other axes of a mesh.
+    result = dict(parts)
+    for names in alike.values():
+        is_due = {name: due[name] for name in names}
+        found = jax.lax.cond(
+            jnp.any(jnp.stack(list(is_due.values()))),
+            _decomposed,
+            lambda parts, _: {n: (part.values, part.vectors) for n, part in parts.items()},
+            *({name: parts[name] for name in names}, is_due),
+        )
+        for name, (values, vectors) in found.items():
+            result[name] = parts[name]._replace(values=values, vectors=vectors)
+    return result
+
+
+def _decomposed(parts: Mapping[str, Running], due: Mapping[str, Array]) -> dict[str, Any]:
+    covariances, kinds = {}, {}
+    number = collections.Counter()
+    for name, part in parts.items():
+        rank = part.vectors.shape[-1]
+        kind = rank, part.values.shape[-1] > rank, part.covariance.shape
+        covariances[name] = (part.covariance,)
+        kinds[name] = *kind, number[kind] // max(_AT_ONCE // part.covariance.size, 1)
+        number[kind] += 1
+
+    def eigen(kind: Any, covariance: Array) -> tuple[Array, Array]:
+        rank, is_of_low_rank, *_ = kind
+        if is_of_low_rank:
+            return sketches.leading(covariance, rank)
+        return sketches.eigh(covariance)
+
+    found = together(eigen, covariances, kinds)
+    return {
+        name: jax.tree.map(
+            lambda new, old, due=due[name]: jnp.where(due, new, old),
+            *(found[name], (part.values, part.vectors)),
+        )
+        for name, part in parts.items()
+    }
 
 
 def _are_valid(batch: Array, new_variances: Array, count: Array) -> Bool[Array, ""]:
@@ -107,11 +163,3 @@ def _is_due(entered: Array, refresh_every: int) -> Bool[Array, ""]:
     number = entered.astype(jnp.int32)
     early = (number & (number - 1)) == 0
     return (number % refresh_every == 0) | (early & (number < refresh_every))
-
-
-def decomposed(covariance: Array, values: Array, vectors: Array) -> tuple[Array, Array]:
-    """Eigenvalues and eigenvectors anew, as many as there were."""
-    rank = vectors.shape[-1]
-    if values.shape[-1] > rank:
-        return sketches.leading(covariance, rank)
-    return sketches.eigh(covariance)

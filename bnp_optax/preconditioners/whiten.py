@@ -15,7 +15,7 @@ from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.base import Preconditioner
 from bnp_optax.preconditioners.layout import layers_of
 from bnp_optax.preconditioners.matching import LEFT_OUT, check_same_layers, match_statistics
-from bnp_optax.preconditioners.running_covariance import Running, start, updated
+from bnp_optax.preconditioners.running_covariance import Running, decomposed, moved, start
 from bnp_optax.preconditioners.whiten_operator import (
     WhitenOperator,
     WhitenState,
@@ -64,8 +64,8 @@ def whiten(
       damping: >= 0, relative to the mean eigenvalue of C.
       decay: rho in [0, 1), of the running statistics.
       refresh_every: C is decomposed in every so many steps, and after the first, second, fourth,
-        eighth, and so on; in between P stays, but for mu. A decomposition costs O(n^3), and on a
-        GPU, where each layer waits for the one before, far more time than that: raise it there.
+        eighth, and so on; in between P stays, but for mu. A decomposition costs O(n^3). Layers of
+        one shape are decomposed together, those of 64 MB of matrices at a time.
       rank: Number of eigenvectors that are kept in layers of a fan-in above `max_fan_in`; on their
         complement C counts as a multiple of the identity. At most 31, or capture whole matrices
         there: `value_and_grad(..., second_moment_fan_in=n)`.
@@ -143,12 +143,13 @@ def whiten(
         check_same_layers("whiten", matched, old[-1])
         # Both are needed, or a donated state would not be donated whole.
         new_hyper, _ = jax.lax.optimization_barrier((hyper(), state.hyper))
-        parts = {}
+        parts, due = {}, {}
         for name, (layer, stats) in matched.items():
             stats = jax.lax.stop_gradient(stats)
             before = _widened(layer, Running._make(field.get(name) for field in old))
             _check_second_moment(name, layer, stats, before.covariance)
-            parts[name] = updated(before, stats, decay, refresh_every)
+            parts[name], due[name] = moved(before, stats, decay, refresh_every)
+        parts = decomposed(parts, due)
         return WhitenState._make([*_fields(state[:-1], parts), new_hyper])
 
     return Preconditioner(init, update, lambda state: WhitenOperator(roots(state), layers))

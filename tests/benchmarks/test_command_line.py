@@ -39,6 +39,30 @@ def test_each_command_says_what_its_options_are(name, capsys):
     assert f"usage: python -m benchmarks {name} " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_refuses_negative_counts(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    help_text = capsys.readouterr().out
+    counts = re.findall(r"(--[\w-]+) (?:\{None\}\|)?\[?INT", help_text)
+    assert counts or name in {"report", "need", "cost-regularizer", "scale", "plasticity"}
+    for option in counts:
+        try:
+            code = main([name, option, "-1"])
+        except SystemExit as ended:
+            code = ended.code
+        assert code == 2, option
+        said = capsys.readouterr().err
+        assert option in said or f"`{option[2:].replace('-', '_')}` must be" in said, said
+
+
+def test_a_count_of_none_is_one(capsys):
+    for arguments in (["applications", "--steps", "0"], ["run", "--seeds", "0"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "it must be 1 or more, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [[], ["nothing"]])
 def test_no_command_gets_the_list(arguments, capsys):
     assert main(arguments) == 2

@@ -119,7 +119,7 @@ def test_networks_learn(quick):
             assert result["test_accuracy"] > 0.5, result["label"]
 
 
-def test_figure_shows_every_curve(quick):
+def test_figure_shows_every_method(quick):
     image = matplotlib.image.imread(quick[1])
     assert quick[1].read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert min(image.shape[:2]) > 300

@@ -103,8 +103,3 @@ def test_contestants_in_processes_of_their_own():
     for name, one in beside["contestants"].items():
         assert one["scores"] == alone["contestants"][name]["scores"]
         assert one["curves"][0][0] != os.getpid()
-
-
-def test_no_workers(capsys):
-    assert command.main(workers=0) == 2
-    assert "`workers` must be at least 1, got 0" in capsys.readouterr().err
