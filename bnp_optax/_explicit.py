@@ -44,9 +44,16 @@ def sharding_of_sum(x: jax.Array, kept: Sequence[int]) -> PartitionSpec | None:
     return None if spec is None else PartitionSpec(*(spec[axis] for axis in kept))
 
 
-def replicated(x: jax.Array) -> jax.Array:
-    """`x`, whole on every device."""
-    if spec_of(x) is None:
+def gathered(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """`x`, along `axes` whole on every device."""
+    spec = spec_of(x)
+    if spec is None or all(spec[axis] is None for axis in axes):
         return x
     mesh = jax.typeof(x).sharding.mesh
-    return _reshard(x, NamedSharding(mesh, PartitionSpec(*(None,) * x.ndim)))
+    names = (None if axis in axes else name for axis, name in enumerate(spec))
+    return _reshard(x, NamedSharding(mesh, PartitionSpec(*names)))
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """`x`, whole on every device."""
+    return gathered(x, range(x.ndim))

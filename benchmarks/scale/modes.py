@@ -310,7 +310,8 @@ def by_nnx(method: Optimizer, is_plain: bool = False) -> PlacedTraining:
         if is_plain:
             grads = nnx.grad(loss)(model, x, y)
         else:
-            _, grads, extra["layer_stats"] = bnp_optax.flax_nnx.value_and_grad(loss)(model, x, y)
+            capture = bnp_optax.flax_nnx.value_and_grad(loss, second_moments=method.second_moments)
+            _, grads, extra["layer_stats"] = capture(model, x, y)
         if method.needs_grad_fn:
             graph, _, rest = nnx.split(model, nnx.Param, ...)
             extra["grad_fn"] = jax.grad(lambda p: loss(nnx.merge(graph, p, rest), x, y))

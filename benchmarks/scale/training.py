@@ -36,11 +36,13 @@ class Optimizer:
       make: The optimizer.
       plain: The same without statistics.
       needs_grad_fn: Whether `update` takes the gradient as a function.
+      second_moments: Whether it takes second moments of the inputs.
     """
 
     make: Callable[[], optax.GradientTransformationExtraArgs]
     plain: Callable[[], optax.GradientTransformation]
     needs_grad_fn: bool = False
+    second_moments: bool = False
 
 
 @dataclasses.dataclass
@@ -107,6 +109,16 @@ OPTIMIZERS: dict[str, Optimizer] = {
         _regularized,
         lambda: optax.chain(bnp_optax.gradient_regularization(0.01), optax.sgd(0.1)),
         needs_grad_fn=True,
+    ),
+    "whiten_muon": Optimizer(
+        bnp_optax.whiten_muon,
+        lambda: bnp_optax.orthogonalize(),
+        second_moments=True,
+    ),
+    "whiten_adam": Optimizer(
+        lambda: bnp_optax.whiten_adam(eps=EPS),
+        lambda: optax.adam(3e-3, eps=EPS),
+        second_moments=True,
     ),
 }
 
@@ -180,7 +192,8 @@ def make_step(
         if is_plain:
             grads = gradient(params, x, y)
         else:
-            _, grads, stats = bnp_optax.value_and_grad(loss)(params, x, y)
+            capture = bnp_optax.value_and_grad(loss, second_moments=method.second_moments)
+            _, grads, stats = capture(params, x, y)
             extra["layer_stats"] = average(stats)
         if method.needs_grad_fn:
             extra["grad_fn"] = lambda p: average_grads(gradient(p, x, y))

@@ -244,10 +244,10 @@ def bnp(
             stats = jax.lax.stop_gradient(stats)
             mean = _widened(old.mean[name], stats) if name in old.mean else None
             var = _widened(old.var[name], stats)
-            stats = jax.tree.map(functools.partial(_placed, like=var), stats)
+            batch = jax.tree.map(functools.partial(_placed, like=var), Batch.of(stats))
             # Without axes of size 1 more layers have one shape.
             short = functools.partial(_without_ones, like=var)
-            mean, shorter, batch = jax.tree.map(short, (mean, var, Batch.of(stats)))
+            mean, shorter, batch = jax.tree.map(short, (mean, var, batch))
             came[name] = (Running(mean, shorter, old.numbers[name]), batch)
             shapes[name] = var.shape
         found = together(

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from bnp_optax._checks import check_fraction, check_positive
+from bnp_optax._explicit import replicated
 from bnp_optax._tree import mask_leaves, named_leaves, replace_leaves
 from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.base import Preconditioner
@@ -98,7 +99,7 @@ def mean_activation(
         check_same_layers("mean_activation", matched, means)
         for name, (_, stats) in matched.items():
             stats = jax.lax.stop_gradient(stats)
-            mean = stats.input_mean
+            mean = replicated(stats.input_mean)
             accept = jnp.all(jnp.isfinite(mean)) & (stats.count > 0.0)
             # decay (1 - decay^t) / (1 - decay^(t + 1)) weighs a bias-corrected mean of t batches.
             kept = 1.0 - jnp.asarray(decay, jnp.float32)

@@ -9,7 +9,6 @@ from jaxtyping import Array
 
 from bnp_optax import sketches
 from bnp_optax._checks import check_count, check_fraction, check_non_negative
-from bnp_optax._explicit import spec_of
 from bnp_optax._tree import mask_leaves, named_leaves, replace_leaves
 from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.base import Preconditioner
@@ -82,9 +81,8 @@ def whiten(
       in a layer until its first statistics have come.
 
     Raises:
-      ValueError: If a hyper-parameter is out of its range; at `init`, if a kernel is complex, an
-        input axis of it is sharded in a mesh of explicit axes, or `layers` does not fit; at
-        `update`, if `layer_stats` does not fit or has no second moments.
+      ValueError: If a hyper-parameter is out of its range; at `init`, if a kernel is complex or
+        `layers` does not fit; at `update`, if `layer_stats` does not fit or has no second moments.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -120,11 +118,8 @@ def whiten(
         return jnp.stack([jnp.asarray(x, jnp.float32) for x in (exponent, damping)])
 
     def init(params: Any) -> WhitenState:
-        found, leaves = layers_of(params, layers), named_leaves(params)
-        parts = {}
-        for name, layer in found.items():
-            _check_whole(name, layer, leaves[name])
-            parts[name] = start(layer, rank, max_fan_in)
+        found = layers_of(params, layers)
+        parts = {name: start(layer, rank, max_fan_in) for name, layer in found.items()}
         return WhitenState._make([*_fields(mask_leaves(params), parts), hyper()])
 
     def update(
@@ -187,20 +182,6 @@ def _widened(layer: Layer, before: Running) -> Running:
         return jnp.broadcast_to(inserted, (*blocks, *inserted.shape[len(blocks) :]))
 
     return Running._make([*map(widened, before[:-1]), before.numbers])
-
-
-def _check_whole(name: str, layer: Layer, kernel: Any) -> None:
-    """Raise if an axis that the covariance has is sharded, in the kernel's type."""
-    spec = spec_of(kernel) or (None,) * len(layer.kernel_shape)
-    inputs, blocks = layer.block_layout
-    sharded = [axis for axis in (*inputs, *(a for a, _ in blocks)) if spec[axis] is not None]
-    if sharded:
-        msg = (
-            f"`{name}` is sharded along its axis {sharded[0]} over `{spec[sharded[0]]}`, but "
-            "`whiten` decomposes the covariance of its inputs, which needs it whole on every "
-            "device. Shard this kernel along its outputs, or leave the layer out of `layers`."
-        )
-        raise ValueError(msg)
 
 
 def _check_second_moment(name: str, layer: Layer, stats: LayerStats, running: Array) -> None:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bnp_optax._explicit import fitted
+from bnp_optax._explicit import fitted, gathered
 from bnp_optax._tree import named_leaves, quoted, replace_leaves
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners import centering
@@ -176,6 +176,9 @@ class WhitenOperator(Operator):
             layer = with_groups(layer, root.vectors.shape[:-2], self._layers)
             of = _OfLayer(root, layer)
             w = leaves[name].astype(jnp.promote_types(leaves[name].dtype, jnp.float32))
+            # S mixes the inputs: in a mesh of explicit axes each device sees all of them.
+            inputs, blocks = layer.block_layout
+            w = gathered(w, [*inputs, *(axis for axis, _ in blocks)])
             if layer.bias is None or root.mean is None:
                 w, _ = function(of, w, None)
             else:
@@ -184,7 +187,7 @@ class WhitenOperator(Operator):
                 assert b is not None  # One went in.
                 restored = layer.restore_bias(b, bias.shape).astype(bias.dtype)
                 new[layer.bias] = fitted(restored, bias)
-            new[name] = w.astype(leaves[name].dtype)
+            new[name] = fitted(w.astype(leaves[name].dtype), leaves[name])
         return replace_leaves(tree, new)
 
     def _root_of(self, name: str, layer: Layer) -> Root:

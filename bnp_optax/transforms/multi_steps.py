@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from bnp_optax import sketches
+from bnp_optax._explicit import fitted
 from bnp_optax._tree import named_leaves, replace_leaves
 from bnp_optax.preconditioners.bnp_operator import bnp_states
 from bnp_optax.preconditioners.matching import LEFT_OUT
@@ -197,7 +198,8 @@ def _union(moments: _Moments, stats: LayerStats) -> _Moments:
         spread = sketches.fitted(cast("Array", stats.total_covariance), var)
         square = sketches.outer(distance, var)
     else:
-        distance, spread = stats.mean - mean, stats.total_variance
+        distance = fitted(stats.mean, mean) - mean
+        spread = fitted(stats.total_variance, mean)
         square = distance**2
     between = share * (1.0 - share) * square
     return _Moments(mean + share * distance, (1.0 - share) * var + share * spread + between, total)

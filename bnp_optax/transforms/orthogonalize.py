@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from bnp_optax._checks import check_count, check_fraction, check_non_negative, check_positive
+from bnp_optax._explicit import fitted, replicated
 from bnp_optax._tree import named_leaves, replace_leaves
 from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.layout import from_matrix, layers_of, to_matrix
@@ -139,16 +140,16 @@ def orthogonalize(
             return momentum * ahead + (1.0 - momentum) * corrected(g, count)
 
         directions = named_leaves(jax.tree.map(direction, mu, grads))
-        dtypes = {name: g.dtype for name, g in named_leaves(kernels).items()}
-        new = {}
+        given, new = named_leaves(kernels), {}
         for name, layer in layers_of(updates, layers).items():
-            x = to_matrix(layer, directions[name])
+            # In a mesh of explicit axes each device sees, and orthogonalizes, the whole matrix.
+            x = to_matrix(layer, replicated(directions[name]))
             fan_in, fan_out = x.shape[-2:]
             size = max(1.0, fan_out / fan_in) ** 0.5
             if rms is not None:
                 size = rms * max(fan_in, fan_out) ** 0.5
             x = size * _orthogonal(x, n_steps, tuple(coefficients), eps)
-            new[name] = from_matrix(layer, x).astype(dtypes[name])
+            new[name] = fitted(from_matrix(layer, x).astype(given[name].dtype), given[name])
         other_updates, adam_state = adam.update(others, state.adam)
         new |= named_leaves(other_updates)
         return replace_leaves(updates, new), OrthogonalizeState(count, mu, adam_state)

@@ -1,35 +1,72 @@
 """Training on eight devices, in every mode of JAX, ends where training on one device does."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import bnp_optax
 from benchmarks.scale import command, training
 from benchmarks.scale.modes import MODES
-from benchmarks.scale.training import BATCH, OPTIMIZERS, error, one_device, reference, train
+from benchmarks.scale.training import (
+    BATCH,
+    OPTIMIZERS,
+    Optimizer,
+    error,
+    one_device,
+    reference,
+    train,
+)
 
 # An update that is not made, or statistics of one device's share of the rows, are 1e-2 or more.
 TOLERANCE = 1e-6
 
 
-# Where one optimizer in z ends right, others hardly end wrong.
-FIRST = {"bnp_adam", "zspace_grad_reg"}
+# Where one optimizer in z ends right, others hardly end wrong. Whole matrices are what a kernel
+# that is sharded in its type has not.
+FIRST = {
+    (mode, name)
+    for mode in MODES
+    for name in OPTIMIZERS
+    if name in ("bnp_adam", "zspace_grad_reg") or (name == "whiten_muon" and "explicit" in mode)
+}
 
 
 @pytest.mark.parametrize(
-    "optimizer",
-    [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS],
+    ("mode", "optimizer"),
+    [
+        pair if pair in FIRST else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in itertools.product(MODES, OPTIMIZERS)
+    ],
 )
-@pytest.mark.parametrize("mode", MODES)
 def test_ends_where_one_device_does(mode, optimizer):
     found = train(MODES[mode](OPTIMIZERS[optimizer], False))
     start = jax.tree.leaves(training.initial())
     assert error(start, reference(optimizer)) > 1e-2
     assert error(found, reference(optimizer)) < TOLERANCE
+
+
+OTHERS = {
+    "mean_activation": lambda: bnp_optax.in_zspace(optax.sgd(0.1), bnp_optax.mean_activation()),
+    "orthogonalize": lambda: optax.chain(bnp_optax.orthogonalize(), optax.scale(-0.01)),
+    "compose": lambda: bnp_optax.in_zspace(
+        optax.sgd(0.01), bnp_optax.compose(bnp_optax.bnp(batch_size=BATCH), bnp_optax.whiten())
+    ),
+    "multi_steps": lambda: bnp_optax.multi_steps(bnp_optax.bnp_sgd(0.1, batch_size=BATCH), 2),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("mode", ["explicit, rows", "explicit, FSDP", "shard_map"])
+def test_every_transformation_takes_kernels_that_are_sharded_in_their_type(mode, name):
+    method = Optimizer(OTHERS[name], lambda: optax.sgd(0.1), second_moments=True)
+    expected = train(one_device(method))
+    assert error(jax.tree.leaves(training.initial()), expected) > 1e-3
+    assert error(train(MODES[mode](method, False)), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("mode", ["explicit, rows", "explicit, FSDP", "shard_map", "auto, columns"])

@@ -181,27 +181,22 @@ def explicit_mesh():
     return jax.make_mesh((2,), ("model",), devices=jax.devices()[:2], axis_types=explicit)
 
 
-def test_a_kernel_sharded_along_its_inputs_is_refused_by_name():
-    mesh = explicit_mesh()
-    with jax.set_mesh(mesh):
-        kernel = jax.device_put(draw(0, 4, 2), NamedSharding(mesh, PartitionSpec("model")))
-        with pytest.raises(ValueError, match="`kernel` is sharded along its axis 0 over `model`"):
-            whiten().init({"kernel": kernel})
-
-
+@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("n_outputs", [4, 6])
-def test_a_kernel_sharded_along_its_outputs_is_whitened(n_outputs):
+def test_a_sharded_kernel_is_whitened(n_outputs, axis):
     mesh, case, whitening = explicit_mesh(), CASES["dense"], whiten(refresh_every=1)
-    params = {"kernel": draw(1, 5, n_outputs), "bias": draw(2, n_outputs)}
+    params = {"kernel": draw(1, 6, n_outputs), "bias": draw(2, n_outputs)}
     want = run(case, whitening, SEEDS, params=params)
-    want = whitening.operator(want).gram(params)
+    want = whitening.operator(want)
+    spec = [PartitionSpec("model", None), PartitionSpec(None, "model")][axis]
+    specs = {"kernel": spec, "bias": PartitionSpec(*spec[1:])}
     with jax.set_mesh(mesh):
-        specs = {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")}
-        params = {n: jax.device_put(p, NamedSharding(mesh, specs[n])) for n, p in params.items()}
-        P = whitening.operator(run(case, whitening, SEEDS, params=params))
-        got = P.gram(params)
-    assert got["kernel"].sharding.spec == specs["kernel"]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), got, want)
+        sharded = {n: jax.device_put(p, NamedSharding(mesh, specs[n])) for n, p in params.items()}
+        P = whitening.operator(run(case, whitening, SEEDS, params=sharded))
+        for what in ("mv", "transpose", "solve", "gram"):
+            got, expected = getattr(P, what)(sharded), getattr(want, what)(params)
+            assert jax.typeof(got["kernel"]).sharding.spec == spec
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-4, 1e-5), got, expected)
 
 
 def test_state_sharding_replicates_it():
