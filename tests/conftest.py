@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config, items):
     sizes = collections.Counter(_test_of(item) for item in items)
 
     def is_chosen(item):
-        if every == 1 or sizes[_test_of(item)] <= 20:
+        if every == 1 or sizes[_test_of(item)] <= 12:
             return True
         return zlib.crc32(item.callspec.id.encode()) % every == 0
 

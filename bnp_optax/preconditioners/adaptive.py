@@ -167,7 +167,7 @@ def _diagonal(
         return jnp.promote_types(jnp.finfo(leaf.dtype).dtype, jnp.float32) if is_inexact else None
 
     def init(params: Any) -> DiagonalState:
-        nu = jax.tree.map(lambda p: jnp.full(p.shape, start, real(p) or jnp.float32), params)
+        nu = jax.tree.map(lambda p: jnp.full_like(p, start, real(p) or jnp.float32), params)
         return DiagonalState(jnp.zeros((), jnp.int32), nu)
 
     def update(grads: Any, state: DiagonalState, params: Any = None, **extra: Any) -> DiagonalState:

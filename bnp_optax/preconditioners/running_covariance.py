@@ -48,9 +48,11 @@ def start(layer: Layer, rank: int, max_fan_in: int) -> Running:
     numbers = jnp.zeros(3, jnp.float32)
 
     def everywhere(x: ArrayLike) -> Array:
+        # A sum has the type of an update's in an explicit mesh, and is a copy: a donated state must
+        # not have one array twice.
         x = jnp.asarray(x, jnp.float32)
-        # A copy, for a donated state must not have one array twice.
-        return jnp.array(jnp.broadcast_to(x, (*blocks, *x.shape)), copy=True)
+        shape = (*blocks, *x.shape)
+        return jnp.zeros(shape, jnp.float32) + jnp.broadcast_to(x, shape)
 
     def eye(columns: int) -> np.ndarray:
         return np.eye(n, columns, dtype=np.float32)

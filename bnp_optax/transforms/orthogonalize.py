@@ -117,7 +117,7 @@ def orthogonalize(
 
     def init_fn(params: optax.Params) -> OrthogonalizeState:
         kernels, others = parted(params)
-        mu = jax.tree.map(lambda p: jnp.zeros(p.shape, _at_least_float32(p)), kernels)
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, _at_least_float32(p)), kernels)
         return OrthogonalizeState(jnp.zeros((), jnp.int32), mu, adam.init(others))
 
     def update_fn(

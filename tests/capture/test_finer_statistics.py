@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
 # --- conv_statistics='patch'

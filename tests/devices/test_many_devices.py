@@ -93,10 +93,11 @@ def test_one_device_s_batch_size_gives_another_q(mode):
     assert error(train(MODES["auto, data"](sgd, False)), train(one_device(sgd))) < TOLERANCE
 
 
-def test_a_step_is_compiled_once():
+@pytest.mark.parametrize("optimizer", ["bnp_adam", "whiten_adam", "whiten_muon"])
+def test_a_step_is_compiled_once(optimizer):
     """The state starts in the types and shardings that it keeps."""
     for mode in ("explicit, rows", "explicit, FSDP"):
-        training = MODES[mode](OPTIMIZERS["bnp_adam"], False)
+        training = MODES[mode](OPTIMIZERS[optimizer], False)
         start = training.carry
         train(training)
         for before, after in zip(*map(jax.tree.leaves, (start, training.carry)), strict=True):

@@ -5,12 +5,14 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 KEY = jax.random.key(0)
-ROWS = jax.random.normal(jax.random.key(1), (6, 8)) * 3 + 2
-IMAGES = jax.random.normal(jax.random.key(2), (2, 8, 8, 4)) + 1
-VOLUMES = jax.random.normal(jax.random.key(3), (2, 4, 5, 6, 3))
-SEQUENCES = jax.random.normal(jax.random.key(4), (3, 5, 8)) - 1
+RANDOM = np.random.default_rng(1)
+ROWS = jnp.asarray(RANDOM.normal(2.0, 3.0, (6, 8)))
+IMAGES = jnp.asarray(RANDOM.normal(1.0, 1.0, (2, 8, 8, 4)))
+VOLUMES = jnp.asarray(RANDOM.normal(0.0, 1.0, (2, 4, 5, 6, 3)))
+SEQUENCES = jnp.asarray(RANDOM.normal(-1.0, 1.0, (3, 5, 8)))
 
 
 class Block(nn.Module):
