@@ -18,7 +18,8 @@ from benchmarks.contest.tables import score_name
 from benchmarks.training.methods import METHODS
 
 LIMIT = 7
-_COLUMNS = 4
+# More problems in a figure are too small at the width of a page.
+_COLUMNS = 2
 # Width of an entry of the legend, in inches.
 _ENTRY = 2.3
 _ROWS: tuple[Quantity, ...] = ("train_loss", "score")
@@ -86,18 +87,23 @@ GROUPS = (
 )
 
 
-def save_figures(cells: Iterable[Cell], folder: Path) -> list[Path]:
-    """Draw the problems by group, and write `<folder>/<group>.png`; returns the paths."""
+def save_figures(cells: Iterable[Cell], folder: Path) -> dict[str, Path]:
+    """Draw the problems of each group, two to a figure, and write `<folder>/<group>-1.png`, ...
+
+    Returns:
+      The figures, by the name of the problem that is the first in each.
+    """
     by_group: dict[str, list[Contest]] = {}
     for contest in sorted(contests(cells), key=place):
         by_group.setdefault(group_of(contest.problem["name"]).name, []).append(contest)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    paths = {}
     for group in GROUPS:
         drawn = [c for c in by_group.get(group.name, []) if chosen(c, group.methods)]
-        if drawn:
-            paths.append(folder / f"{group.name}.png")
-            draw(drawn, group).savefig(paths[-1], dpi=120)
+        for start in range(0, len(drawn), _COLUMNS):
+            path = folder / f"{group.name}-{1 + start // _COLUMNS}.png"
+            draw(drawn[start : start + _COLUMNS], group).savefig(path, dpi=110)
+            paths[drawn[start].problem["name"]] = path
     return paths
 
 
@@ -126,28 +132,18 @@ def draw(group: Sequence[Contest], about: Group) -> Figure:
     Lines are means over the seeds, bands reach from the lowest to the highest. What diverged is
     drawn at the panel's edge.
     """
-    blocks = -(-len(group) // _COLUMNS)
-    columns = -(-len(group) // blocks)
-    rows = len(_ROWS) * blocks
-    size = (max(1.0 + 3.6 * columns, 7.5), 1.3 + 2.6 * rows)
+    size = (max(1.0 + 3.6 * len(group), 7.5), 1.3 + 2.6 * len(_ROWS))
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(len(_ROWS), len(group), squeeze=False)
     styles = _styles(s for contest in group for s in chosen(contest, about.methods))
-    for i in range(blocks * columns):
-        block, column = divmod(i, columns)
-        pair = axes[len(_ROWS) * block : len(_ROWS) * (block + 1), column]
-        if i >= len(group):
-            for axis in pair:
-                axis.set_axis_off()
-            continue
-        contest = group[i]
+    for contest, pair in zip(group, axes.T, strict=True):
         for axis, quantity in zip(pair, _ROWS, strict=True):
             _panel(axis, contest, chosen(contest, about.methods), quantity, styles)
         pair[0].set_title(fill(contest.problem["title"], 36), fontsize="medium")
         pair[-1].set_xlabel("step")
     # One entry a method, whichever panels it is in; the lines below are the solid ones.
     handles = {
-        line.get_label(): line for axis in axes[1::2].flat for line in axis.get_lines()[::-1]
+        line.get_label(): line for axis in axes[-1] for line in axis.get_lines()[::-1]
     }
     entries = [(handles[label], label) for label in styles if label in handles]
     figure.legend(

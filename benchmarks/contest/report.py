@@ -1,7 +1,7 @@
 """The report of the benchmark: what was measured, in tables, figures, and the paper's claims."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.contest import cells, per_second, regret, units
@@ -55,18 +55,19 @@ def write(results: Path, output: Path) -> str:
     return text
 
 
-def _sections(compared: Sequence[Contest], figures: Sequence[Path]) -> list[str]:
-    """A section for each figure, with the tables of its problems."""
+def _sections(compared: Sequence[Contest], figures: Mapping[str, Path]) -> list[str]:
+    """A section for each group, with the figures and tables of its problems."""
     parts = []
-    names = {path.stem: path.name for path in figures}
     for group in GROUPS:
         members = [c for c in compared if group_of(c.problem["name"]) is group]
         if not members:
             continue
         parts.append(f"## {group.title}")
-        if group.name in names:
-            parts.append(f"![{group.title}]({names[group.name]})")
-        parts += [problem_section(contest) for contest in members]
+        for contest in members:
+            figure = figures.get(contest.problem["name"])
+            if figure is not None:
+                parts.append(f"![{group.title}]({figure.name})")
+            parts.append(problem_section(contest))
     return parts
 
 

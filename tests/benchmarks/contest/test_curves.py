@@ -97,12 +97,16 @@ def test_groups(problem, group):
 
 
 def test_figures_are_written(tmp_path):
-    # Five columns need a second block of rows, with empty places.
-    found = [make_cell(f"fc-cifar10-b60-{i}", m) for i in range(5) for m in ("sgd", "bnp_sgd")]
+    # Two problems to a figure, and one in the last.
+    found = [make_cell(f"fc-cifar10-b60-{i}", m) for i in range(3) for m in ("sgd", "bnp_sgd")]
     skipped = make_cell("resnet-x", "bnp_sgd")
     found.append(Cell(skipped.problem, skipped.method, skipped="too large"))
-    (path,) = curves.save_figures(found, tmp_path / "new")
-    assert path == tmp_path / "new" / "figure-3.png"
-    image = matplotlib.image.imread(path)
-    assert image.shape[1] > 1000
-    assert image[..., :3].std() > 0.02
+    paths = curves.save_figures(found, tmp_path / "new")
+    assert paths == {
+        "fc-cifar10-b60-0": tmp_path / "new" / "figure-3-1.png",
+        "fc-cifar10-b60-2": tmp_path / "new" / "figure-3-2.png",
+    }
+    for path in paths.values():
+        image = matplotlib.image.imread(path)
+        assert image.shape[1] > 800
+        assert image[..., :3].std() > 0.02
