@@ -20,7 +20,7 @@ def test_the_report(tmp_path):
     assert "## The paper's claims" in text
     assert "## Learning rates beside" in text
     links = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert links == ["figure-3-1.png", "figure-4-1.png"]
+    assert links == ["figure-3-1.png", "figure-4-1.png", "figure-4-2.png"]
     for link in links:
         assert matplotlib.image.imread(output / link).ndim == 3
     assert len(rows(text)) == 3 + 1 + 4 + 1
