@@ -29,7 +29,7 @@ def pytest_addoption(parser):
         "--every",
         type=int,
         default=1,
-        help="of each test with more than 20 cases run one in so many, always the same ones",
+        help="of each test with more than 12 cases run one in so many, always the same ones",
     )
 
 

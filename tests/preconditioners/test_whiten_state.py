@@ -21,6 +21,7 @@ from support.whiten_cases import (
 
 import bnp_optax
 from bnp_optax import bnp, whiten
+from bnp_optax._explicit import replicated
 
 
 def test_decomposed_after_1_2_4_8_and_multiples_of_the_period():
@@ -184,10 +185,16 @@ def explicit_mesh():
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("n_outputs", [4, 6])
 def test_a_sharded_kernel_is_whitened(n_outputs, axis):
-    mesh, case, whitening = explicit_mesh(), CASES["dense"], whiten(refresh_every=1)
+    mesh, whitening = explicit_mesh(), whiten(refresh_every=1)
+
+    def apply(p, x):
+        # FSDP: the loss gathers kernels.
+        kernel, bias = jax.tree.map(replicated, (p["kernel"], p["bias"]))
+        return x @ kernel + bias[None]
+
+    case = dataclasses.replace(CASES["dense"], apply=apply, shape=(30, 6))
     params = {"kernel": draw(1, 6, n_outputs), "bias": draw(2, n_outputs)}
-    want = run(case, whitening, SEEDS, params=params)
-    want = whitening.operator(want)
+    want = whitening.operator(run(case, whitening, SEEDS, params=params))
     spec = [PartitionSpec("model", None), PartitionSpec(None, "model")][axis]
     specs = {"kernel": spec, "bias": PartitionSpec(*spec[1:])}
     with jax.set_mesh(mesh):
