@@ -142,9 +142,7 @@ def draw(group: Sequence[Contest], about: Group) -> Figure:
         pair[0].set_title(fill(contest.problem["title"], 36), fontsize="medium")
         pair[-1].set_xlabel("step")
     # One entry a method, whichever panels it is in; the lines below are the solid ones.
-    handles = {
-        line.get_label(): line for axis in axes[-1] for line in axis.get_lines()[::-1]
-    }
+    handles = {line.get_label(): line for axis in axes[-1] for line in axis.get_lines()[::-1]}
     entries = [(handles[label], label) for label in styles if label in handles]
     figure.legend(
         *zip(*entries, strict=True),
