@@ -101,7 +101,7 @@ def run(
     plan: DemoPlan,
     datasets: Datasets,
     advance: Callable[[float], None],
-    starts: Callable[[str], None] = lambda doing: None,
+    says: Callable[[str], None] = lambda doing: None,
 ) -> Outcome:
     """Run the contest.
 
@@ -109,7 +109,7 @@ def run(
       plan: What to compare.
       datasets: By model and inputs.
       advance: Called with the amount of work done since the last call.
-      starts: Called with what begins, a method at a batch size; two of them run at a time.
+      says: Called with what begins, a method at a batch size; two of them run at a time.
     """
     jobs = [
         (model, batch_size, method)
@@ -127,14 +127,14 @@ def run(
     # Compiling uses one core, and so does a run of a small network.
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         try:
-            contest = _Contest(plan, datasets, advance, starts, pool)
+            contest = _Contest(plan, datasets, advance, says, pool)
             for entries in pool.map(lambda job: contest.contend(*job), jobs):
                 for entry in entries:
                     found[entry.setting].append(entry)
             if plan.turns and REFERENCE in plan.methods:
                 steps = dict(zip(jobs, pool.map(lambda job: contest.step(*job), jobs), strict=True))
                 for where in dict.fromkeys(job[:2] for job in jobs):
-                    starts(f"Timing {where[0].upper()}, batch size {where[1]}")
+                    says(f"Timing {where[0].upper()}, batch size {where[1]}")
                     here = {method: steps[*where, method] for method in plan.methods}
                     step_times[where] = interleaved(here, REFERENCE, plan.turns)
         except BaseException:
@@ -151,13 +151,13 @@ class _Contest:
         plan: DemoPlan,
         datasets: Datasets,
         advance: Callable[[float], None],
-        starts: Callable[[str], None],
+        says: Callable[[str], None],
         pool: ThreadPoolExecutor,
     ):
         self.plan = plan
         self.datasets = datasets
         self.advance = advance
-        self.says = starts
+        self.says = says
         self.seeds = range(TUNING_SEED, TUNING_SEED + 1 + plan.seeds)
         # Methods with the same network share its initial values.
         methods: dict[Norm, MethodName] = {METHODS[m].norm: m for m in plan.methods}

@@ -47,16 +47,16 @@ def save_figure(plan: DemoPlan, outcome: Outcome, title: str, path: Path) -> Non
         _scale(row[0])
     for axis in axes[-1]:
         axis.set_xlabel("batch size")
-    lines = [_handle(METHODS[name].label, METHODS[name].color, "o") for name in plan.methods]
-    lines.append(_handle("at the documented rate", "gray", "o", fillstyle="none"))
+    lines = [_handle(METHODS[name].label, METHODS[name].color) for name in plan.methods]
+    lines.append(_handle("at the documented rate", "gray", fillstyle="none"))
     figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title, fontsize="medium", x=0.01, ha="left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _handle(label: str, color: str, marker: str, **options: Any) -> Line2D:
-    return Line2D([], [], label=label, color=color, marker=marker, linestyle="none", **options)
+def _handle(label: str, color: str, **options: Any) -> Line2D:
+    return Line2D([], [], label=label, color=color, marker="o", linestyle="none", **options)
 
 
 def _draw(axis: Any, place: int, entries: Sequence[Entry]) -> None:

@@ -112,7 +112,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
     "whiten_muon": Optimizer(
         bnp_optax.whiten_muon,
-        lambda: bnp_optax.orthogonalize(),
+        bnp_optax.orthogonalize,
         second_moments=True,
     ),
     "whiten_adam": Optimizer(

@@ -124,6 +124,7 @@ def decomposed(
 
 
 def _decomposed(parts: Mapping[str, Running], due: Mapping[str, Array]) -> dict[str, Any]:
+    """Eigenvalues and eigenvectors of each layer, anew where it is due."""
     covariances, kinds = {}, {}
     number = collections.Counter()
     for name, part in parts.items():
