@@ -11,6 +11,7 @@ from bnp_optax.diagnostics.conditioning import conditioning
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners.bnp_operator import bnp_states, scalings
 from bnp_optax.preconditioners.layout import layers_of
+from bnp_optax.preconditioners.numbers import Numbers
 from bnp_optax.preconditioners.whiten_operator import (
     Root,
     WhitenOperator,
@@ -123,7 +124,7 @@ def _layers_of(
     named = {} if updates is None else named_leaves(updates)
     for state in bnp_states(opt_state):
         for name, scaling in scalings(state).items():
-            of = scaling.numbers
+            of = Numbers.of(scaling.numbers)
             in_z = named[name] / (scaling.diagonal * of.inv_q) if name in named else None
             yield name, _OfLayer(scaling.gain, of.inv_q, of.entered, of.rejected, in_z)
     for state in whiten_states(opt_state):

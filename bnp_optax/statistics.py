@@ -187,8 +187,7 @@ class LayerStats:
     @property
     def total_variance(self) -> Float[Array, "..."]:
         """Variance within batches plus that between their means; exactly `var` for one batch."""
-        between = self.sq_mean - self.mean**2
-        return self.var + jnp.where(between > _ROUNDING * self.sq_mean, between, 0.0)
+        return total_variance(self.mean, self.var, self.sq_mean)
 
     @property
     def total_covariance(self) -> Float[Array, "..."] | None:
@@ -231,3 +230,9 @@ class LayerStats:
     def batch_size(self) -> Float[Array, ""]:
         """N, the number of examples."""
         return self.count / self.layer.positions
+
+
+def total_variance(mean: Array, var: Array, sq_mean: Array) -> Array:
+    """`LayerStats.total_variance`, of its fields."""
+    between = sq_mean - mean**2
+    return var + jnp.where(between > _ROUNDING * sq_mean, between, 0.0)

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from bnp_optax._checks import check_choice, check_count
 from bnp_optax._tree import BIAS, KERNEL, is_named, named_leaves, quoted
@@ -255,14 +254,14 @@ def _captured(
             flat = jax.tree.leaves(params)
             outputs, measures = covered.measure(found, names, flat, row_weights, limited)
             # The loss is the first array; what is no array never leaves the function.
-            return outputs[0], (outputs, lax.stop_gradient(measures))
+            return outputs[0], (outputs, measures)
 
         (_, (outputs, measures)), grads = differentiate(instrumented)(params)
         # After JAX has said what it does not differentiate.
         _check_found(found, layers)
         value = found.rebuild(outputs)
         _check_value(value, has_aux)
-        stats = covered.statistics(found, measures)
+        stats = covered.statistics(found, measures, limited)
         for name in found.unused:
             of_idle = limits if name in second else None
             if layers is not None and name in layers:

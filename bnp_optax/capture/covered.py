@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnp_optax._tree import named_leaves, split_arrays
-from bnp_optax.capture import groups, interpreter, rows, views
+from bnp_optax.capture import groups, interpreter, rows
 from bnp_optax.capture.derivatives import without_derivatives
 from bnp_optax.capture.facts import Context, Input
 from bnp_optax.capture.jaxprs import Liveness, Numbers
@@ -282,8 +282,8 @@ def _bias(
     return name, tuple(axis - len(kernel) for axis in order)
 
 
-# Measurements of kernels, and the fields of `LayerStats` that second moments make.
-Measures = tuple[dict[str, views.Measure], dict[str, dict[str, Any]]]
+# Of each kernel, the measurements of its calls.
+Measures = dict[str, list[interpreter.Parts]]
 
 
 def measure(
@@ -312,15 +312,7 @@ def measure(
         for use in found.kernels[name].uses
     }
     outputs, parts = interpreter.evaluate(found.trace, wanted, args, weights)
-    measures, moments = {}, {}
-    for name in chosen:
-        of_calls = [parts[use] for use in found.kernels[name].uses]
-        measures[name] = groups.union([call[0] for call in of_calls])
-        if name in second:
-            joined = rows.union([call[1] for call in of_calls])
-            layer = found.kernels[name].layer
-            moments[name] = rows.second_moments(joined, layer, second[name])
-    return outputs, (groups.joined(measures), moments)
+    return outputs, {name: [parts[use] for use in found.kernels[name].uses] for name in chosen}
 
 
 def _n_rows(kernel: Kernel, use: Use, limit: int) -> int:
@@ -341,15 +333,20 @@ def _n_rows(kernel: Kernel, use: Use, limit: int) -> int:
     return max(limit // max(n_calls, 1), 1)
 
 
-def statistics(found: Covered, measured: Measures) -> dict[str, LayerStats]:
-    """Measurements as the statistics of layers."""
-    measures, moments = measured
+def statistics(
+    found: Covered, measures: Measures, second: Mapping[str, rows.Limits] | None = None
+) -> dict[str, LayerStats]:
+    """Measurements as the statistics of layers; `second` as `measure` had it."""
+    unions = {name: groups.union([call[0] for call in of]) for name, of in measures.items()}
     result = {}
-    for name, measure in measures.items():
-        layer = found.kernels[name].layer
+    for name, measure in groups.joined(unions).items():
+        layer, moments = found.kernels[name].layer, {}
+        if second and name in second:
+            of_calls = rows.union([call[1] for call in measures[name]])
+            moments = rows.second_moments(of_calls, layer, second[name])
         mean, var = (jnp.broadcast_to(x, layer.stats_shape) for x in (measure.mean, measure.var))
-        count, second = jnp.max(measure.count), moments.get(name, {})
-        result[name] = LayerStats.of_batch(mean, var, count, layer, **second)
+        count = jnp.max(measure.count)
+        result[name] = LayerStats.of_batch(mean, var, count, layer, **moments)
     return result
 
 

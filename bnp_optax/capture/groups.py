@@ -44,6 +44,8 @@ def each(function: Callable[..., Measure], *measures: Measure) -> Measure:
 
 def union(measures: list[Measure]) -> Measure:
     """The statistics of several measurements of the same parameter, in groups if these agree."""
+    if len(measures) == 1:
+        return measures[0]
     if len({(len(measure.mean), len(measure.count)) for measure in measures}) > 1:
         measures = [views.average(measure, (0,)) for measure in measures]
     return each(lambda *group: views.union(list(group)), *measures)

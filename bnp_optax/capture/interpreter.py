@@ -94,6 +94,8 @@ def _measured(use: Use, read: views.Read, weights: Weights, n_rows: int) -> Part
 
 
 def _pulled(use: Use, parts: Parts, read: views.Read) -> Parts:
+    if not use.piece.steps:
+        return parts
     return [
         use.piece.pull(part, read)
         if isinstance(part, Rows)

@@ -17,7 +17,7 @@ from bnp_optax._checks import (
     check_non_negative,
     check_positive,
 )
-from bnp_optax._explicit import fitted
+from bnp_optax._explicit import fitted, spec_of
 from bnp_optax._tree import mask_leaves, named_leaves, replace_leaves
 from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.base import Preconditioner
@@ -198,6 +198,7 @@ def bnp(
                 largest_var=jnp.max(var),
                 inv_sample=0.0,
                 shift=jnp.mean(stats.mean**2 / var) if layer.bias else 0.0,
+                square_gain=jnp.mean(1.0 / var),
             )
             start[name] = Running(
                 fitted(stats.mean, kernel), fitted(var, kernel), held_numbers.vector()
@@ -241,12 +242,11 @@ def bnp(
         options = Options(decay, 1.0 - decay, eps_rel, eps_abs, shrinkage, max_ratio, batch_size)
         came, shapes = {}, {}
         for name, (_, stats) in matched.items():
-            stats = jax.lax.stop_gradient(stats)
             mean = _widened(old.mean[name], stats) if name in old.mean else None
             var = _widened(old.var[name], stats)
             batch = jax.tree.map(functools.partial(_placed, like=var), Batch.of(stats))
-            # Without axes of size 1 more layers have one shape.
-            short = functools.partial(_without_ones, like=var)
+            # In one axis more layers have one shape.
+            short = functools.partial(_in_one_axis, like=var)
             mean, shorter, batch = jax.tree.map(short, (mean, var, batch))
             came[name] = (Running(mean, shorter, old.numbers[name]), batch)
             shapes[name] = var.shape
@@ -309,10 +309,16 @@ def _placed(x: Array, like: Array) -> Array:
     return fitted(x, like) if x.ndim else x
 
 
-def _without_ones(x: Array, like: Array) -> Array:
-    """Statistics without the axes where `like` has size 1; the count has none."""
-    ones = tuple(axis for axis, size in enumerate(like.shape) if size == 1)
-    return jnp.squeeze(x, ones) if x.ndim else x
+def _in_one_axis(x: Array, like: Array) -> Array:
+    """Statistics in one axis, or in a mesh of explicit axes without those where `like` has size 1.
+
+    The count has none.
+    """
+    if not x.ndim:
+        return x
+    if spec_of(like) is None:
+        return jnp.broadcast_to(x, like.shape).ravel()
+    return jnp.squeeze(x, tuple(axis for axis, size in enumerate(like.shape) if size == 1))
 
 
 def _whole_network(matched: Mapping[str, tuple[Layer, LayerStats]]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """P = U D / q on a parameter tree, from the running statistics that `bnp` keeps."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from bnp_optax.preconditioners import centering
 from bnp_optax.preconditioners.base import Operator
 from bnp_optax.preconditioners.centering import Entries
 from bnp_optax.preconditioners.layout import layers_of
-from bnp_optax.preconditioners.numbers import Numbers, floored, shrunk
+from bnp_optax.preconditioners.numbers import Numbers, check_length, floored, shrunk
 
 # The units of the data, which the layers' gains make up for, are not those of other parameters.
 _MAX_GAIN = 10.0
@@ -50,24 +51,31 @@ class Scaling(NamedTuple):
     Attributes:
       mean: mu, or w mu; None in a layer without a bias, of which D has no entry for the bias.
       diagonal: 1 / sigma~, broadcasts against the kernel; 1 before the first statistics.
-      numbers: Of the layer.
+      numbers: Of the layer, as in `BNPState`.
       inputs: As in `BNPState`; None where all axes of the statistics are summed over.
     """
 
     mean: Array | None
     diagonal: Array
-    numbers: Numbers
+    numbers: Float[Array, "11"]
     inputs: Float[Array, ""] | None
+
+    def number(self, name: str) -> Float[Array, ""]:
+        """One of `Numbers`."""
+        return Numbers.at(self.numbers, name)
 
     @property
     def held(self) -> Bool[Array, ""]:
         """Whether the statistics are `fixed`."""
-        return jnp.isinf(self.numbers.entered)
+        return jnp.isinf(self.number("entered"))
 
     @property
     def gain(self) -> Float[Array, ""]:
         """Root mean square of the kernel's entries of P."""
-        return self.numbers.inv_q * jnp.sqrt(jnp.mean(self.diagonal**2))
+        square = self.number("square_gain")
+        if self.inputs is not None:  # Of all groups together.
+            square = jnp.mean(self.diagonal**2)
+        return self.number("inv_q") * jnp.sqrt(square)
 
 
 def scalings(state: BNPState) -> dict[str, Scaling]:
@@ -75,26 +83,35 @@ def scalings(state: BNPState) -> dict[str, Scaling]:
     means, variances, numbers, inputs = map(named_leaves, state[:-1])
 
     def scaling(name: str, var: Array) -> Scaling:
-        of, axes, mean = Numbers.of(numbers[name]), inputs.get(name), means.get(name)
-        floor = of.floor if axes is None else _floor_of_groups(mean, var, of, axes, state.eps)
-        diagonal = jax.lax.rsqrt(floored(mean, var, of.weight, floor))
-        return Scaling(None if mean is None else of.weight * mean, diagonal, of, axes)
+        check_length(numbers[name])
+        return _scaling(means.get(name), var, numbers[name], inputs.get(name), state.eps)
 
     return {name: scaling(name, var) for name, var in variances.items()}
 
 
+@jax.jit
+def _scaling(
+    mean: Array | None, var: Array, numbers: Array, inputs: Array | None, eps: Array
+) -> Scaling:
+    weight, floor = Numbers.at(numbers, "weight"), Numbers.at(numbers, "floor")
+    if inputs is not None:
+        floor = _floor_of_groups(mean, var, numbers, inputs, eps)
+    diagonal = jax.lax.rsqrt(floored(mean, var, weight, floor))
+    return Scaling(None if mean is None else weight * mean, diagonal, numbers, inputs)
+
+
 def _floor_of_groups(
-    mean: Array | None, var: Array, numbers: Numbers, inputs: Float[Array, ""], eps: Array
+    mean: Array | None, var: Array, numbers: Array, inputs: Float[Array, ""], eps: Array
 ) -> Array:
     """The floor of each group or stacked layer, of which `numbers` has that of all together."""
+    of = Numbers.of(numbers)
     eps_rel, eps_abs, *with_shrinkage = eps
     if with_shrinkage:
-        average = over_inputs(jnp.mean, shrunk(mean, var, numbers.weight), inputs)
-        floor = (1.0 - numbers.weight + eps_rel) * average + eps_abs
+        average = over_inputs(jnp.mean, shrunk(mean, var, of.weight), inputs)
+        floor = (1.0 - of.weight + eps_rel) * average + eps_abs
     else:
         floor = eps_rel * over_inputs(jnp.max, var, inputs) + eps_abs
-    starts = (numbers.entered == 0) | jnp.isinf(numbers.entered)
-    return jnp.where(starts, 0.0, floor)
+    return jnp.where((of.entered == 0) | jnp.isinf(of.entered), 0.0, floor)
 
 
 def bnp_states(state: Any) -> list[BNPState]:
@@ -133,9 +150,10 @@ class BNPOperator(Operator):
         scale_others: bool = False,
     ) -> None:
         self._scalings = scalings(state)
+        self._entries = {n: _entries(of, scale_bias) for n, of in self._scalings.items()}
         self._layers = layers
         self._scale_bias = scale_bias
-        self._scale_others = scale_others
+        self._gain = _mean_gain(self._scalings.values()) if scale_others else None
 
     def mv(self, z: Any) -> Any:
         """P z."""
@@ -159,57 +177,24 @@ class BNPOperator(Operator):
             scaling = self._scaling_of(name, leaves[name])
             dtype = jnp.promote_types(leaves[name].dtype, jnp.float32)
             w = leaves[name].astype(dtype)
-            inv_q = scaling.numbers.inv_q
-            s = fitted(scaling.diagonal * inv_q, w)
-            if layer.bias is None or scaling.mean is None:
-                w, _ = function(w, None, Entries(None, s, inv_q))
+            entries = self._entries[name]
+            s = fitted(entries.s, w)
+            if layer.bias is None or entries.mu is None:
+                w, _ = function(w, None, Entries(None, s, entries.s_b))
             else:
                 bias = leaves[layer.bias]
                 aligned = fitted(layer.align_bias(bias.astype(dtype)), w)
-                mean = fitted(scaling.mean, w)
-                square = None
-                if scaling.inputs is None:
-                    square = layer.fan_in * inv_q**2 * scaling.numbers.shift
-                s_b = inv_q * self._beta(scaling, layer.fan_in, mean, w, aligned)
-                w, b = function(w, aligned, Entries(mean, s, s_b, square))
+                entries = entries._replace(mu=fitted(entries.mu, w), s=s)
+                if self._scale_bias and scaling.inputs is not None:
+                    beta = _beta_of_groups(scaling, layer.fan_in, entries.mu, w, aligned)
+                    entries = entries._replace(s_b=entries.s_b * beta)
+                w, b = function(w, aligned, entries)
                 restored = layer.restore_bias(b, bias.shape).astype(bias.dtype)
                 new[layer.bias] = fitted(restored, bias)
             new[name] = w.astype(leaves[name].dtype)
-        if self._scale_others:
-            new |= self._others(function, {n: x for n, x in leaves.items() if n not in new})
+        if self._gain is not None:
+            new |= _others(function, self._gain, {n: x for n, x in leaves.items() if n not in new})
         return replace_leaves(tree, new)
-
-    def _beta(
-        self, scaling: Scaling, fan_in: int, mean: Array, w: Array, bias: Array
-    ) -> Array | float:
-        """D's entry of the bias, which `numbers` has of groups and stacked layers together only."""
-        if not self._scale_bias:
-            return 1.0
-        if scaling.inputs is None:
-            return scaling.numbers.beta
-        square = centering.squared_length(mean, w, bias) / fan_in
-        return jnp.where(scaling.held, 1.0, jnp.sqrt(1.0 + square))
-
-    def _others(
-        self, function: Callable[..., tuple[Array, Any]], leaves: dict[str, Any]
-    ) -> dict[str, Array]:
-        """Parameters of no layer, as kernels whose inputs are not centered and have one scale."""
-        arrays = {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
-        leaves = {n: x for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-        if not leaves or not self._scalings:
-            return {}
-        # Not of held layers: their inputs are the data, in any units.
-        moves = jnp.stack([~scaling.held for scaling in self._scalings.values()])
-        logs = jnp.log(jnp.stack([scaling.gain for scaling in self._scalings.values()]))
-        mean = jnp.sum(jnp.where(moves, logs, 0.0)) / jnp.maximum(jnp.sum(moves), 1)
-        gain = jnp.clip(jnp.exp(mean), 1.0 / _MAX_GAIN, _MAX_GAIN)
-
-        def scaled(leaf: Array) -> Array:
-            dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-            w, _ = function(leaf.astype(dtype), None, Entries(None, gain, gain))
-            return w.astype(leaf.dtype)
-
-        return {name: scaled(leaf) for name, leaf in leaves.items()}
 
     def _scaling_of(self, name: str, kernel: Array) -> Scaling:
         scaling = self._scalings.get(name)
@@ -227,3 +212,46 @@ class BNPOperator(Operator):
             "parameters, or restore the state that belongs to them."
         )
         raise ValueError(msg)
+
+
+@functools.partial(jax.jit, static_argnames="scale_bias")
+def _entries(scaling: Scaling, scale_bias: bool) -> Entries:
+    """P of one layer; without beta where that is of groups or stacked layers."""
+    inv_q = s_b = scaling.number("inv_q")
+    square = None
+    if scaling.inputs is None:
+        square = inv_q**2 * scaling.number("shift")
+        s_b = inv_q * scaling.number("beta") if scale_bias else inv_q
+    return Entries(scaling.mean, scaling.diagonal * inv_q, s_b, square)
+
+
+def _mean_gain(scalings: Collection[Scaling]) -> Array | None:
+    """The geometric mean of the layers' gains, but of held ones, whose inputs have any units."""
+    if not scalings:
+        return None
+    moves = jnp.stack([~scaling.held for scaling in scalings])
+    logs = jnp.log(jnp.stack([scaling.gain for scaling in scalings]))
+    mean = jnp.sum(jnp.where(moves, logs, 0.0)) / jnp.maximum(jnp.sum(moves), 1)
+    return jnp.clip(jnp.exp(mean), 1.0 / _MAX_GAIN, _MAX_GAIN)
+
+
+def _beta_of_groups(
+    scaling: Scaling, fan_in: int, mean: Array, w: Array, bias: Array
+) -> Float[Array, "..."]:
+    """D's entry of the bias, of which `numbers` has that of all groups together."""
+    square = centering.squared_length(mean, w, bias) / fan_in
+    return jnp.where(scaling.held, 1.0, jnp.sqrt(1.0 + square))
+
+
+def _others(
+    function: Callable[..., tuple[Array, Any]], gain: Array, leaves: dict[str, Any]
+) -> dict[str, Array]:
+    """Parameters of no layer, as kernels whose inputs are not centered and have one scale."""
+    new = {}
+    for name, leaf in leaves.items():
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.floating):
+            w = jnp.asarray(leaf, jnp.promote_types(dtype, jnp.float32))
+            w, _ = function(w, None, Entries(None, gain, gain))
+            new[name] = w.astype(dtype)
+    return new

@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bnp_optax._explicit import sharding_of_sum
-
 Kernel = Float[Array, "..."]
 Bias = Float[Array, "..."] | None
 Stats = Float[Array, "..."]
@@ -29,7 +27,7 @@ class Entries(NamedTuple):
       mu: The mean of the inputs; None where P does not center.
       s: 1 / (sigma~ q), broadcasts against the kernel.
       s_b: 1 / q, or beta / q.
-      square: Sum of (s mu)^2 over the inputs of a unit, where it is known.
+      square: Mean of (s mu)^2 over the inputs of a unit, where it is known.
     """
 
     mu: Stats | None
@@ -71,7 +69,8 @@ def gram(w: Kernel, b: Bias, P: Entries) -> Pair:
     """
     if b is None or P.mu is None:
         return P.s**2 * w, None
-    square = squared_length(P.s * P.mu, w, b) if P.square is None else P.square
+    n, mean_square = w.size // b.size, P.square
+    square = squared_length(P.s * P.mu, w, b) if mean_square is None else n * mean_square
     shifted = _dot(P.mu * P.s**2, w, b.shape) - square * b
     return P.s**2 * (w - P.mu * b), P.s_b**2 * b - shifted
 
@@ -86,13 +85,5 @@ def squared_length(c: Stats, w: Kernel, b: Float[Array, "..."]) -> Float[Array, 
 
 def _dot(c: Stats, w: Kernel, bias_shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Sum of c w over the axes on which the bias does not extend; c broadcasts against w."""
-    axes = list(range(w.ndim))
-    varying = [axis for axis in axes if c.shape[axis] > 1]
-    kept = [axis for axis in axes if bias_shape[axis] > 1]
-    flat = jnp.squeeze(c, tuple(axis for axis in axes if c.shape[axis] == 1))
-    out_sharding = sharding_of_sum(w, kept)
-    # In bfloat16 or TF32, as accelerators multiply by default, P^-1 would not undo P.
-    dot = jnp.einsum(
-        flat, varying, w, axes, kept, precision=jax.lax.Precision.HIGHEST, out_sharding=out_sharding
-    )
-    return dot.reshape(bias_shape)
+    axes = tuple(axis for axis, size in enumerate(bias_shape) if size == 1)
+    return jnp.sum(c * w, axis=axes, keepdims=True)

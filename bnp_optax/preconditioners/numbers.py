@@ -12,7 +12,9 @@ for all layers of a shape at once.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -33,6 +35,7 @@ class Numbers(NamedTuple):
       floor: f.
       beta: D's entry of the bias, 1 without `scale_bias`.
       shift: Mean over the inputs of (w mu / sigma~)^2, how far P moves the bias per input.
+      square_gain: Mean over the inputs of 1 / sigma~^2, by which P scales the kernel.
     """
 
     inv_q: Any
@@ -45,35 +48,53 @@ class Numbers(NamedTuple):
     floor: Any
     beta: Any
     shift: Any
+    square_gain: Any
 
     @classmethod
-    def of(cls, vector: Float[Array, "10"]) -> "Numbers":
+    def of(cls, vector: Float[Array, "11"]) -> "Numbers":
         """Those of a vector.
 
         Raises:
           ValueError: If there are not as many.
         """
-        if len(vector) != len(cls._fields):
-            msg = (
-                f"The state of `bnp` has {len(vector)} numbers for a layer, but this version keeps "
-                f"{len(cls._fields)}: it is a state of an older version. Call `init` on the "
-                "parameters, and train a few hundred steps for the running statistics to settle."
-            )
-            raise ValueError(msg)
+        check_length(vector)
         return cls(*vector)
 
-    def vector(self) -> Float[Array, "10"]:
+    @classmethod
+    def at(cls, vector: Float[Array, "11"], name: str) -> Scalar:
+        """One of those of a vector, by its name; of each layer a step takes only some."""
+        return jax.lax.index_in_dim(vector, cls._fields.index(name), keepdims=False)
+
+    def vector(self) -> Float[Array, "11"]:
         """All of them."""
         return vector(*self)
 
 
+def check_length(vector: Float[Array, "_"]) -> None:
+    """Raise unless a state has as many numbers for a layer as there are."""
+    if len(vector) != len(Numbers._fields):
+        msg = (
+            f"The state of `bnp` has {len(vector)} numbers for a layer, but this version keeps "
+            f"{len(Numbers._fields)}: it is a state of an older version. Call `init` on the "
+            "parameters, and train a few hundred steps for the running statistics to settle."
+        )
+        raise ValueError(msg)
+
+
 def vector(*numbers: ArrayLike) -> Float[Array, "_"]:
-    """A float32 vector; stacked, as in an update, it has the same sharding in an explicit mesh."""
-    return jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers])
+    """A float32 vector; stacked, as in an update, it has the same sharding in an explicit mesh.
+
+    Entry by entry: of more than eight numbers XLA does not fuse a concatenation with what makes
+    them, and each of them would be a kernel.
+    """
+    place, result = np.arange(len(numbers)), jnp.zeros(len(numbers))
+    for i, number in enumerate(numbers):
+        result = jnp.where(place == i, jnp.asarray(number, jnp.float32), result)
+    return result
 
 
 # Of a layer without statistics, mean 0 and variance 1, which count as one example.
-START = Numbers(1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0)
+START = Numbers(1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0)
 
 
 def floored(mean: Array | None, var: Array, weight: Scalar, floor: Any) -> Array:

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from bnp_optax.preconditioners.numbers import Numbers, floored, shrunk
-from bnp_optax.statistics import LayerStats
+from bnp_optax.statistics import LayerStats, total_variance
 
 Variance = Literal["auto", "batch", "running"]
 
@@ -26,24 +26,26 @@ class Running(NamedTuple):
 
     mean: Array | None
     var: Array
-    numbers: Float[Array, "10"]
+    numbers: Float[Array, "11"]
 
 
 class Batch(NamedTuple):
-    """A batch's statistics; those of `LayerStats` and the batch size N."""
+    """A batch's statistics, as in `LayerStats`; `n_rows` is `count` there."""
 
     mean: Array
     var: Array
     sq_mean: Array
-    total_variance: Array
     n_rows: Float[Array, ""]
-    size: Float[Array, ""]
 
     @classmethod
     def of(cls, stats: LayerStats) -> "Batch":
         """What of a layer's statistics enters."""
-        of = (stats.mean, stats.var, stats.sq_mean, stats.total_variance)
-        return cls(*of, stats.count, stats.batch_size)
+        return cls(stats.mean, stats.var, stats.sq_mean, stats.count)
+
+    @property
+    def total_variance(self) -> Array:
+        """As in `LayerStats`."""
+        return total_variance(self.mean, self.var, self.sq_mean)
 
 
 class Options(NamedTuple):
@@ -90,6 +92,7 @@ def moved(old: Running, batch: Batch, options: Options, rule: Rule) -> Running:
       options: Numbers of `bnp`.
       rule: Which of its options are on.
     """
+    batch = jax.lax.stop_gradient(batch)
     numbers = Numbers.of(old.numbers)
     first = None
     if rule.shrinks:
@@ -107,7 +110,7 @@ def moved(old: Running, batch: Batch, options: Options, rule: Rule) -> Running:
     accept = valid & (batch.n_rows > 0.0)
     reject = ~valid & (batch.n_rows != 0.0)
 
-    size = batch.size
+    size = batch.n_rows / rule.positions
     n = jnp.maximum(size, numbers.batch_size)
     if options.batch_size is not None:
         size = n = jnp.asarray(options.batch_size, jnp.float32)
@@ -142,20 +145,27 @@ def _with_floor(
     if rule.shrinks:
         weight = 1.0 / (1.0 + options.shrinkage * numbers.inv_sample)
         spread = shrunk(mean, var, weight)
-        # Both in one reduction, of which each is two kernels or three on a CPU.
-        both = jnp.stack([spread, jnp.zeros_like(var) if mean is None else (weight * mean) ** 2])
-        average, mean_square = jnp.mean(both, axis=tuple(range(1, both.ndim)))
+        square = jnp.zeros_like(var) if mean is None else (weight * mean) ** 2
+        average, mean_square = _means(spread, square)
     elif mean is not None and rule.scale_bias:
         mean_square = jnp.mean(mean**2)
     if average is None:
         floor = options.eps_rel * numbers.largest_var + options.eps_abs
     else:
         floor = (1.0 - weight + options.eps_rel) * average + options.eps_abs
-    shift = jnp.zeros(())
-    if mean is not None:
-        shift = jnp.mean((weight * mean) ** 2 / floored(mean, var, weight, floor))
     beta = jnp.sqrt(1.0 + mean_square) if rule.scale_bias else jnp.ones(())
-    return numbers._replace(weight=weight, floor=floor, beta=beta, shift=shift)
+    gains = 1.0 / floored(mean, var, weight, floor)
+    shifts = jnp.zeros_like(var) if mean is None else (weight * mean) ** 2 * gains
+    shift, square_gain = _means(shifts, gains)
+    return numbers._replace(
+        weight=weight, floor=floor, beta=beta, shift=shift, square_gain=square_gain
+    )
+
+
+def _means(*arrays: Array) -> Array:
+    """The means of arrays, in one reduction, of which each is two kernels or three on a CPU."""
+    stacked = jnp.stack(arrays)
+    return jnp.mean(stacked, axis=tuple(range(1, stacked.ndim)))
 
 
 class _Weights(NamedTuple):

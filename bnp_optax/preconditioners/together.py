@@ -18,7 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
+
+from bnp_optax._explicit import fitted
 
 # By shape and type of arrays, these stacked.
 Packed = dict[tuple[Any, ...], Array]
@@ -57,7 +59,10 @@ def _at_once(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any
 
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(_packed, arguments))
     results = jax.vmap(packed)(stacked)
-    return [_unpacked(_taken(results, i), of_one) for i in range(len(arguments))]
+    rows = {key: _rows_of(result) for key, result in results.items()}
+    return [
+        _unpacked({key: of[i] for key, of in rows.items()}, of_one) for i in range(len(arguments))
+    ]
 
 
 def _key(array: Any) -> tuple[Any, ...]:
@@ -82,18 +87,24 @@ def _rows(packed: Packed) -> dict[tuple[Any, ...], list[Array]]:
     return {key: list(arrays) for key, arrays in packed.items()}
 
 
-def _taken(results: Packed, i: int) -> dict[tuple[Any, ...], list[Array]]:
-    """The rows of the layer at place `i`."""
+def _rows_of(stacked: Array) -> list[list[Array]]:
+    """The rows of each layer."""
+    n_layers, n_rows, *shape = stacked.shape
+    flat = stacked.reshape(-1, *shape)
+    numbers = lax.GatherDimensionNumbers(tuple(range(1, flat.ndim)), (0,), (0,))
+    first = lax.broadcasted_iota(np.int32, (2, *shape), 0) == 0
+    nothing = jnp.full((2, *shape), -jnp.inf, stacked.dtype)
 
-    def row(flat: Array, at: int) -> Array:
-        # Of two places, for one would be a number. The maximum takes the first whatever is in both.
-        two = jnp.take(flat, np.array([at, at ^ 1], np.int32), axis=0, mode="clip")
-        first = np.arange(2).reshape(-1, *(1,) * (flat.ndim - 1)) == 0
-        return jnp.max(jnp.where(first, two, -jnp.inf), axis=0)
+    @jax.jit
+    def row(flat: Array, places: Array, first: Array, nothing: Array) -> Array:
+        mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS
+        two = lax.gather(flat, places, numbers, (1, *shape), mode=mode)
+        # The maximum takes the first whatever is in both, and is one kernel with the gather.
+        return jnp.max(lax.select(fitted(first, two), two, fitted(nothing, two)), axis=0)
 
-    def rows(stacked: Array) -> list[Array]:
-        n = stacked.shape[1]
-        flat = stacked.reshape(-1, *stacked.shape[2:])
-        return [row(flat, i * n + j) for j in range(n)]
+    def at(place: int) -> Array:
+        # A neighbour's place beside its own, which alone would be a number to XLA.
+        places = np.array([[place], [place - 1 if place else 1]], np.int32)
+        return row(flat, places, first, nothing)
 
-    return {key: rows(stacked) for key, stacked in results.items()}
+    return [[at(i * n_rows + j) for j in range(n_rows)] for i in range(n_layers)]

@@ -139,6 +139,7 @@ def in_zspace(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@jax.jit
 def _exact_zero(update: Array, p: Array) -> Array:
     """`update`, but exactly -p where they cancel but for rounding.
 

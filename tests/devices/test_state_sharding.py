@@ -79,7 +79,7 @@ def test_a_kernel_with_an_axis_as_long_as_the_numbers_does_not_shard_them():
     kernel = {"kernel": jnp.ones((10, 8)), "bias": jnp.zeros(8)}
     specs = {"kernel": P("data", None), "bias": P(None)}
     found = bnp_optax.state_sharding(tx, kernel, specs).preconditioner
-    assert tx.init(kernel).preconditioner.numbers["kernel"].shape == (10,)
+    assert tx.init(kernel).preconditioner.numbers["kernel"].shape == (11,)
     assert found.numbers["kernel"] == P()
     assert found.var["kernel"] == P("data", None)
 

@@ -42,7 +42,7 @@ def test_the_state_of_an_older_version_is_refused():
     bnp = bnp_optax.bnp()
     state = bnp.init(params)
     old = state._replace(numbers={**state.numbers, "kernel": state.numbers["kernel"][:6]})
-    with pytest.raises(ValueError, match=r"has 6 numbers for a layer, but this version keeps 10"):
+    with pytest.raises(ValueError, match=r"has 6 numbers for a layer, but this version keeps 11"):
         bnp.operator(old)
 
 
@@ -53,7 +53,7 @@ def test_the_state_is_at_the_kernels():
     shapes = jax.tree.map(jnp.shape, state)
     assert shapes.mean == {"a": {"kernel": (3, 1), "bias": mask}, "b": {"kernel": mask}}
     assert shapes.var == {"a": {"kernel": (3, 1), "bias": mask}, "b": {"kernel": (2, 1)}}
-    assert shapes.numbers == {"a": {"kernel": (10,), "bias": mask}, "b": {"kernel": (10,)}}
+    assert shapes.numbers == {"a": {"kernel": (11,), "bias": mask}, "b": {"kernel": (11,)}}
     assert shapes.inputs == jax.tree.map(lambda _: mask, params)
     assert shapes.eps == (2,)
 
