@@ -38,6 +38,12 @@ def fitted(x: jax.Array, like: Any) -> jax.Array:
     return _reshard(x, NamedSharding(mesh, PartitionSpec(*names)))
 
 
+def sharding_of_sum(x: jax.Array, kept: Sequence[int]) -> PartitionSpec | None:
+    """What `out_sharding` a product that sums `x` over all axes but `kept` asks for."""
+    spec = spec_of(x)
+    return None if spec is None else PartitionSpec(*(spec[axis] for axis in kept))
+
+
 def gathered(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     """`x`, along `axes` whole on every device."""
     spec = spec_of(x)

@@ -14,6 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bnp_optax._explicit import sharding_of_sum
+
+# Entries of a kernel whose passes cost less than what it takes to start them.
+_SMALL = 2**16
+
 Kernel = Float[Array, "..."]
 Bias = Float[Array, "..."] | None
 Stats = Float[Array, "..."]
@@ -41,7 +46,7 @@ def mv(w: Kernel, b: Bias, P: Entries) -> Pair:
     """P z."""
     if b is None or P.mu is None:
         return P.s * w, None
-    return P.s * w, P.s_b * b - _dot(P.mu * P.s, w, b.shape)
+    return P.s * w, P.s_b * b - _sum(P.mu * P.s, w, b.shape)
 
 
 @jax.jit
@@ -57,7 +62,7 @@ def solve(w: Kernel, b: Bias, P: Entries) -> Pair:
     """P^-1 p."""
     if b is None or P.mu is None:
         return w / P.s, None
-    return w / P.s, (b + _dot(P.mu, w, b.shape)) / P.s_b
+    return w / P.s, (b + _sum(P.mu, w, b.shape)) / P.s_b
 
 
 @jax.jit
@@ -71,7 +76,10 @@ def gram(w: Kernel, b: Bias, P: Entries) -> Pair:
         return P.s**2 * w, None
     n, mean_square = w.size // b.size, P.square
     square = squared_length(P.s * P.mu, w, b) if mean_square is None else n * mean_square
-    shifted = _dot(P.mu * P.s**2, w, b.shape) - square * b
+    # Of one example G_w is an outer product, which a sum would write out first and a product does
+    # not; but on a CPU a product takes longer to compile than all the rest of a small layer.
+    along = _dot if w.size > _SMALL else _sum
+    shifted = along(P.mu * P.s**2, w, b.shape) - square * b
     return P.s**2 * (w - P.mu * b), P.s_b**2 * b - shifted
 
 
@@ -83,7 +91,21 @@ def squared_length(c: Stats, w: Kernel, b: Float[Array, "..."]) -> Float[Array, 
     return repeats * jnp.sum(c**2, axis=axes, keepdims=True)
 
 
-def _dot(c: Stats, w: Kernel, bias_shape: tuple[int, ...]) -> Float[Array, "..."]:
+def _sum(c: Stats, w: Kernel, bias_shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Sum of c w over the axes on which the bias does not extend; c broadcasts against w."""
     axes = tuple(axis for axis, size in enumerate(bias_shape) if size == 1)
     return jnp.sum(c * w, axis=axes, keepdims=True)
+
+
+def _dot(c: Stats, w: Kernel, bias_shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """The same, by a product."""
+    axes = list(range(w.ndim))
+    varying = [axis for axis in axes if c.shape[axis] > 1]
+    kept = [axis for axis in axes if bias_shape[axis] > 1]
+    flat = jnp.squeeze(c, tuple(axis for axis in axes if c.shape[axis] == 1))
+    out_sharding = sharding_of_sum(w, kept)
+    # In bfloat16 or TF32, as accelerators multiply by default, P^-1 would not undo P.
+    dot = jnp.einsum(
+        flat, varying, w, axes, kept, precision=jax.lax.Precision.HIGHEST, out_sharding=out_sharding
+    )
+    return dot.reshape(bias_shape)
