@@ -87,7 +87,7 @@ def vector(*numbers: ArrayLike) -> Float[Array, "_"]:
     Entry by entry: of more than eight numbers XLA does not fuse a concatenation with what makes
     them, and each of them would be a kernel.
     """
-    place, result = np.arange(len(numbers)), jnp.zeros(len(numbers))
+    place, result = np.arange(len(numbers)), jnp.zeros(len(numbers), jnp.float32)
     for i, number in enumerate(numbers):
         result = jnp.where(place == i, jnp.asarray(number, jnp.float32), result)
     return result
