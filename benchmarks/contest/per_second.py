@@ -20,7 +20,8 @@ chosen for whole runs: a method that is stopped early could have had a better on
 
 # Problems, and the networks on which their steps were timed.
 WORKLOADS = {
-    "fc-cifar10-b60-*": "3072-100-100-100-10, batch 60",
+    **{f"fc-cifar10-b{n}-*": f"3072-100-100-100-10, batch {n}" for n in (60, 6, 1)},
+    **{f"cnn-cifar10-b{n}-*": f"CNN of 5 layers, batch {n}" for n in (128, 2, 1)},
     "text-transformer": "transformer, 2 blocks of width 64, 16 texts of 64",
 }
 # Methods, and what they are called where steps were timed.
