@@ -141,6 +141,20 @@ def _whiten_muon(rate: Any, layers: Layers | None) -> optax.GradientTransformati
     return bnp_optax.whiten_muon(rate, layers=layers)
 
 
+def _whiten_muon_with(decay: float = 0.0, **options: Any) -> Make:
+    """`whiten_muon` with weight decay in z, and options of `whiten`."""
+
+    def make(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
+        inner = optax.chain(
+            bnp_optax.orthogonalize(layers=layers),
+            optax.add_decayed_weights(decay, is_kernel),
+            optax.scale_by_learning_rate(rate),
+        )
+        return bnp_optax.in_zspace(inner, bnp_optax.whiten(layers=layers, **options))
+
+    return make
+
+
 def _ready(make: Make) -> Make:
     return lambda rate, layers, **options: make(rate, layers=layers, **options)
 
@@ -298,6 +312,21 @@ METHODS: dict[str, Method] = {
         _GREEN,
         "--",
         1e-3,
+    ),
+    "whiten_muon_eighth": Method(
+        *("Muon in z (whitened), exponent 1/8", "none", _whiten_muon_with(exponent=0.125)),
+        *(True, _SKY, ":", WHITEN_MUON),
+        second_moments=True,
+    ),
+    "whiten_muon_decay": Method(
+        *("Muon in z (whitened), decay 1", "none", _whiten_muon_with(decay=1.0)),
+        *(True, _GREEN, ":", WHITEN_MUON),
+        second_moments=True,
+    ),
+    "whiten_muon_strong_decay": Method(
+        *("Muon in z (whitened), decay 3", "none", _whiten_muon_with(decay=3.0)),
+        *(True, _VERMILION, ":", WHITEN_MUON),
+        second_moments=True,
     ),
     "muon_z_floor": Method(
         "Muon in z, eps_rel 1e-4",
