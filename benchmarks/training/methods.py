@@ -102,6 +102,10 @@ def _muon(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
     return optax.contrib.muon(rate)
 
 
+def _muon_with_decay(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
+    return optax.contrib.muon(rate, weight_decay=1.0, weight_decay_mask=is_kernel)
+
+
 def _four_things(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
     return optax.chain(optax.add_decayed_weights(NORM_DECAY, is_scale_or_offset), optax.adam(rate))
 
@@ -313,6 +317,7 @@ METHODS: dict[str, Method] = {
         "--",
         1e-3,
     ),
+    "muon_decay": Method("Muon, decay 1", "none", _muon_with_decay, False, _YELLOW, "-.", 1e-2),
     "whiten_muon_eighth": Method(
         *("Muon in z (whitened), exponent 1/8", "none", _whiten_muon_with(exponent=0.125)),
         *(True, _SKY, ":", WHITEN_MUON),
