@@ -21,6 +21,7 @@ from bnp_optax.preconditioners import (
 from bnp_optax.preconditioners.layout import layers_of
 from bnp_optax.statistics import LayerStats
 from bnp_optax.transforms.orthogonalize import orthogonalize
+from bnp_optax.transforms.weight_decay import Mask, zspace_weight_decay
 from bnp_optax.transforms.zspace import in_zspace
 
 
@@ -30,6 +31,8 @@ def whiten_adam(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     fixed: Mapping[str, LayerStats] | None = None,
     **whiten_options: Unpack[WhitenOptions],
 ) -> optax.GradientTransformationExtraArgs:
@@ -46,6 +49,9 @@ def whiten_adam(
       b1: Decay of the first moment, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
       eps: Added to the root of the second moment, >= 0.
+      weight_decay: Strength >= 0, or a schedule of it: a step shrinks z, and so p, by learning_rate
+        times that.
+      mask: Which parameters decay: a tree of booleans, or a function of the parameters.
       fixed: Statistics of input layers from `start_in_zspace`, for raw inputs: P is that of
         `bnp(fixed=fixed)` there, exactly and for good, and `whiten` behind. It needs `layers`.
       **whiten_options: Options of `whiten`.
@@ -77,8 +83,12 @@ def whiten_adam(
     Accelerated Gradient Descent Optimization and Regularization", (4).
     """
     check_adam(learning_rate, b1, b2, eps)
-    layers = whiten_options.get("layers")
-    inner = optax.chain(optax.adam(learning_rate, b1, b2, eps), _divided_by_fan_in(layers))
+    inner = optax.chain(
+        optax.scale_by_adam(b1, b2, eps),
+        _divided_by_fan_in(whiten_options.get("layers")),
+        *_decay(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
     return in_zspace(inner, _whitened(fixed, **whiten_options))
 
 
@@ -90,6 +100,8 @@ def whiten_muon(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     fixed: Mapping[str, LayerStats] | None = None,
     **whiten_options: Unpack[WhitenOptions],
 ) -> optax.GradientTransformationExtraArgs:
@@ -104,6 +116,10 @@ def whiten_muon(
       b1: Adam's.
       b2: Adam's.
       eps: As in `orthogonalize`.
+      weight_decay: Strength >= 0, or a schedule of it: a step shrinks z, and so p, by learning_rate
+        times that. Where the training loss is far below the test loss it pays: 1 is to 0 on
+        CIFAR-10, 1,200 steps of a fully connected network, what @@ is to @@ points of accuracy.
+      mask: Which parameters decay: a tree of booleans, or a function of the parameters.
       fixed: Statistics of input layers from `start_in_zspace`, for raw inputs: P is that of
         `bnp(fixed=fixed)` there, exactly and for good, and `whiten` behind. It needs `layers`.
       **whiten_options: Options of `whiten`; its `layers` are those that are orthogonalized too.
@@ -145,9 +161,18 @@ def whiten_muon(
             b2=b2,
             layers=whiten_options.get("layers"),
         ),
+        *_decay(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
     return in_zspace(inner, _whitened(fixed, **whiten_options))
+
+
+def _decay(
+    weight_decay: optax.ScalarOrSchedule, mask: Mask
+) -> list[optax.GradientTransformationExtraArgs]:
+    """Weight decay in z, if there is to be any: it takes z, which costs P^-1 p."""
+    decay = zspace_weight_decay(weight_decay, mask)
+    return [] if isinstance(weight_decay, int | float) and weight_decay == 0 else [decay]
 
 
 def _whitened(

@@ -145,18 +145,10 @@ def _whiten_muon(rate: Any, layers: Layers | None) -> optax.GradientTransformati
     return bnp_optax.whiten_muon(rate, layers=layers)
 
 
-def _whiten_muon_with(decay: float = 0.0, **options: Any) -> Make:
-    """`whiten_muon` with weight decay in z, and options of `whiten`."""
-
-    def make(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
-        inner = optax.chain(
-            bnp_optax.orthogonalize(layers=layers),
-            optax.add_decayed_weights(decay, is_kernel),
-            optax.scale_by_learning_rate(rate),
-        )
-        return bnp_optax.in_zspace(inner, bnp_optax.whiten(layers=layers, **options))
-
-    return make
+def _whiten_muon_with(**options: Any) -> Make:
+    return lambda rate, layers: bnp_optax.whiten_muon(
+        rate, mask=is_kernel, layers=layers, **options
+    )
 
 
 def _ready(make: Make) -> Make:
@@ -324,12 +316,12 @@ METHODS: dict[str, Method] = {
         second_moments=True,
     ),
     "whiten_muon_decay": Method(
-        *("Muon in z (whitened), decay 1", "none", _whiten_muon_with(decay=1.0)),
+        *("Muon in z (whitened), decay 1", "none", _whiten_muon_with(weight_decay=1.0)),
         *(True, _GREEN, ":", WHITEN_MUON),
         second_moments=True,
     ),
     "whiten_muon_strong_decay": Method(
-        *("Muon in z (whitened), decay 3", "none", _whiten_muon_with(decay=3.0)),
+        *("Muon in z (whitened), decay 3", "none", _whiten_muon_with(weight_decay=3.0)),
         *(True, _VERMILION, ":", WHITEN_MUON),
         second_moments=True,
     ),

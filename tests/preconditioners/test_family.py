@@ -156,6 +156,39 @@ def test_whiten_muon_is_muon_in_z():
 
 
 @pytest.mark.parametrize("make", [bnp_optax.whiten_adam, bnp_optax.whiten_muon])
+def test_weight_decay_shrinks_z(make):
+    """And so p, by learning_rate * weight_decay on top of the step without; P is linear."""
+    case = CASES["dense"]
+    x = case.batch(0)
+    without, _ = step(make(0.01), case, x)
+    plain, _ = step(make(0.01, weight_decay=0.0, mask=lambda _: False), case, x)
+    decayed, _ = step(make(0.01, weight_decay=0.3), case, x)
+    for name in ("kernel", "bias"):
+        assert_close(plain[name], without[name])
+        assert_close(decayed[name], without[name] - 0.003 * case.params[name])
+
+
+@pytest.mark.parametrize("make", [bnp_optax.whiten_adam, bnp_optax.whiten_muon])
+def test_a_mask_says_what_decays_in_z(make):
+    """The kernel's z alone: the bias of z stays, but P moves the bias of p with the kernel."""
+    case = CASES["dense"]
+    x = case.batch(0)
+    mask = {"kernel": True, "bias": False}
+    without, _ = step(make(0.01, decay=0.0), case, x)
+    decayed, _ = step(make(0.01, weight_decay=0.3, mask=mask, decay=0.0), case, x)
+    kernel = case.params["kernel"]
+    assert_close(decayed["kernel"], without["kernel"] - 0.003 * kernel)
+    moved = 0.003 * np.mean(np.asarray(x), 0) @ np.asarray(kernel)
+    assert_close(decayed["bias"], without["bias"] + moved, 1e-3)
+
+
+@pytest.mark.parametrize("make", [bnp_optax.whiten_adam, bnp_optax.whiten_muon])
+def test_negative_weight_decay_is_refused(make):
+    with pytest.raises(ValueError, match=r"`weight_decay` must be finite and >= 0, got -0\.1\."):
+        make(weight_decay=-0.1)
+
+
+@pytest.mark.parametrize("make", [bnp_optax.whiten_adam, bnp_optax.whiten_muon])
 def test_correlated_inputs_are_learned_from(make):
     """Linear regression on inputs whose covariance has a condition number of 1e4."""
     rng = np.random.default_rng(0)
