@@ -24,7 +24,7 @@ def test_roots(root, power):
 
 def tiny():
     shapes = whiten._shape(8, 5), whiten._shape(8, dtype=jnp.int32)
-    return whiten.ModelOnBatch(MLP((4,), 3, "none"), *shapes)
+    return whiten.ModelOnBatch(MLP((4,), 3, "none"), *shapes, passes=2)
 
 
 @pytest.mark.parametrize("name", ["SGD", "whiten_adam", "whiten_muon, captured every 10th"])
@@ -37,12 +37,11 @@ def test_a_pass_is_twenty_steps(name):
     if name != "SGD":
         (whitened,) = whiten_states(state)
         per_pass = 2 if "every" in name else 20
-        assert whitened.numbers["Dense_0"]["kernel"][1] == whiten._PASSES * per_pass
+        assert whitened.numbers["Dense_0"]["kernel"][1] == 2 * per_pass
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(whiten, "PROBLEMS", {"tiny": tiny()})
-    monkeypatch.setattr(whiten, "_PASSES", 1)
     monkeypatch.setattr(
         whiten, "VARIANTS", {name: whiten.VARIANTS[name] for name in ("SGD", "whiten_adam")}
     )
