@@ -11,9 +11,9 @@ of a refresh emptied; its products are counted by themselves, with 9 n^3 FLOPs f
 and 4 n r^2 for a QR factor and both are divided by the period.
 
 Time is that of 200 steps in compiled passes of 20 (of the convolutional network at a batch of 128,
-20 steps), refreshes included, a turn of each method after the other. The roots are those of 24 covariances, by `eigh` of all at once and of one after the
-other, and by the coupled Newton iteration that Shampoo uses, in ten steps, after which its error
-falls no further.
+20 steps), refreshes included, a turn of each method after the other. The roots are those of 24
+covariances, by `eigh` of all at once and of one after the other, and by the coupled Newton
+iteration that Shampoo uses, in ten steps, after which its error falls no further.
 """
 
 import dataclasses
