@@ -210,7 +210,7 @@ def test_state_sharding_replicates_it():
     specs = {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")}
     found = bnp_optax.state_sharding(bnp_optax.whiten_adam(), CASES["dense"].params, specs)
     assert set(jax.tree.leaves(found.preconditioner)) == {PartitionSpec()}
-    assert found.inner[0][0].mu == specs
+    assert found.inner[0].mu == specs
 
 
 @pytest.mark.parametrize(
