@@ -102,8 +102,10 @@ def _muon(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
     return optax.contrib.muon(rate)
 
 
-def _muon_with_decay(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
-    return optax.contrib.muon(rate, weight_decay=1.0, weight_decay_mask=is_kernel)
+def _muon_with(decay: float) -> Make:
+    return lambda rate, layers: optax.contrib.muon(
+        rate, weight_decay=decay, weight_decay_mask=is_kernel
+    )
 
 
 def _four_things(rate: Any, layers: Layers | None) -> optax.GradientTransformation:
@@ -309,7 +311,8 @@ METHODS: dict[str, Method] = {
         "--",
         1e-3,
     ),
-    "muon_decay": Method("Muon, decay 1", "none", _muon_with_decay, False, _YELLOW, "-.", 1e-2),
+    "muon_decay": Method("Muon, decay 1", "none", _muon_with(1.0), False, _YELLOW, "-.", 1e-2),
+    "muon_weak_decay": Method("Muon, decay 0.3", "none", _muon_with(0.3), False, _SKY, "-.", 1e-2),
     "whiten_muon_eighth": Method(
         *("Muon in z (whitened), exponent 1/8", "none", _whiten_muon_with(exponent=0.125)),
         *(True, _SKY, ":", WHITEN_MUON),
