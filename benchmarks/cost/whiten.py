@@ -80,8 +80,8 @@ def _connected(batch_size: int) -> ModelOnBatch:
 def _convolutional(batch_size: int) -> ModelOnBatch:
     """Its convolutional network of five layers."""
     shapes = _shape(batch_size, 32, 32, 3), _shape(batch_size, dtype=jnp.int32)
-    # As in the contest on a CPU, where a product of patches is faster.
     passes = 1 if batch_size > 16 else 10  # Steps of a tenth of a second.
+    # As in the contest on a CPU, where a product of patches is faster.
     return ModelOnBatch(PaperCNN(convolution=convolve_patches), *shapes, passes)
 
 
@@ -175,9 +175,7 @@ def _step_flops(problem: ModelOnBatch, variant: Variant, captured: bool) -> floa
     params = jax.eval_shape(problem.model.init, jax.random.key(0), problem.x)["params"]
     state = jax.eval_shape(variant.tx.init, params)
 
-    def as_before(parts: Any, _: Any) -> Any:
-        return {name: (part.values, part.vectors) for name, part in parts.items()}
-
+    as_before = running_covariance._as_before
     with mock.patch.object(running_covariance, "_decomposed", as_before):
         return flops(step, params, state, problem.x, problem.y)
 

@@ -115,12 +115,21 @@ def decomposed(
         found = jax.lax.cond(
             jnp.any(jnp.stack(list(is_due.values()))),
             _decomposed,
-            lambda parts, _: {n: (part.values, part.vectors) for n, part in parts.items()},
+            _as_before,
             *({name: parts[name] for name in names}, is_due),
         )
         for name, (values, vectors) in found.items():
             result[name] = parts[name]._replace(values=values, vectors=vectors)
     return result
+
+
+def _as_before(parts: Mapping[str, Running], due: Mapping[str, Array]) -> dict[str, Any]:
+    """Eigenvalues and eigenvectors as they are; no lambda, which JAX would compile anew each time.
+
+    That is in an update that is not in a `jit`.
+    """
+    del due
+    return {name: (part.values, part.vectors) for name, part in parts.items()}
 
 
 def _decomposed(parts: Mapping[str, Running], due: Mapping[str, Array]) -> dict[str, Any]:

@@ -91,20 +91,22 @@ def _rows_of(stacked: Array) -> list[list[Array]]:
     """The rows of each layer."""
     n_layers, n_rows, *shape = stacked.shape
     flat = stacked.reshape(-1, *shape)
-    numbers = lax.GatherDimensionNumbers(tuple(range(1, flat.ndim)), (0,), (0,))
     first = lax.broadcasted_iota(np.int32, (2, *shape), 0) == 0
     nothing = jnp.full((2, *shape), -jnp.inf, stacked.dtype)
-
-    @jax.jit
-    def row(flat: Array, places: Array, first: Array, nothing: Array) -> Array:
-        mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS
-        two = lax.gather(flat, places, numbers, (1, *shape), mode=mode)
-        # The maximum takes the first whatever is in both, and is one kernel with the gather.
-        return jnp.max(lax.select(fitted(first, two), two, fitted(nothing, two)), axis=0)
 
     def at(place: int) -> Array:
         # A neighbour's place beside its own, which alone would be a number to XLA.
         places = np.array([[place], [place - 1 if place else 1]], np.int32)
-        return row(flat, places, first, nothing)
+        return _row(flat, places, first, nothing)
 
     return [[at(i * n_rows + j) for j in range(n_rows)] for i in range(n_layers)]
+
+
+@jax.jit
+def _row(flat: Array, places: Array, first: Array, nothing: Array) -> Array:
+    """The first of the rows at two places; the others are shared by all rows of a stack."""
+    numbers = lax.GatherDimensionNumbers(tuple(range(1, flat.ndim)), (0,), (0,))
+    sizes, mode = (1, *flat.shape[1:]), lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    two = lax.gather(flat, places, numbers, sizes, mode=mode)
+    # The maximum takes the first whatever is in both, and is one kernel with the gather.
+    return jnp.max(lax.select(fitted(first, two), two, fitted(nothing, two)), axis=0)

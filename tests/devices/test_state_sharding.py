@@ -76,7 +76,7 @@ def test_statistics_are_sharded_along_the_kernel_s_inputs():
 
 def test_a_kernel_with_an_axis_as_long_as_the_numbers_does_not_shard_them():
     tx = bnp_optax.bnp_adam(0.1)
-    kernel = {"kernel": jnp.ones((10, 8)), "bias": jnp.zeros(8)}
+    kernel = {"kernel": jnp.ones((11, 8)), "bias": jnp.zeros(8)}
     specs = {"kernel": P("data", None), "bias": P(None)}
     found = bnp_optax.state_sharding(tx, kernel, specs).preconditioner
     assert tx.init(kernel).preconditioner.numbers["kernel"].shape == (11,)

@@ -110,3 +110,31 @@ def test_second_moments_that_came_for_another():
         _, grads, stats = bnp_optax.value_and_grad(loss_fn, second_moments=second)(params)
         found.append(tx.update(grads, tx.init(params), params, layer_stats=stats)[0])
     assert_trees_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("make", "second_moments"), [(bnp_optax.bnp_adam, None), (bnp_optax.whiten_adam, True)]
+)
+def test_an_update_outside_jit_compiles_nothing_once_it_has_run(make, second_moments):
+    """A function that is made in each call would be compiled in each."""
+    params = Chain().init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    x, tx, compiled = jax.random.normal(jax.random.key(1), (8, 4)), make(), []
+
+    def loss_fn(params):
+        return jnp.mean(Chain().apply({"params": params}, x) ** 2)
+
+    value_and_grad = bnp_optax.value_and_grad(loss_fn, second_moments=second_moments)
+    _, grads, stats = jax.jit(value_and_grad)(params)
+    state = tx.init(params)
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    _, state = tx.update(grads, state, params, layer_stats=stats)
+    assert compiled
+    _, state = tx.update(grads, state, params, layer_stats=stats)
+    compiled.clear()
+    tx.update(grads, state, params, layer_stats=stats)
+    assert not compiled
