@@ -19,11 +19,11 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
 
     An array of the state that belongs to a parameter, such as a moment of Adam, is sharded as the
     parameter is. Where it has another shape, it keeps of the parameter's sharding what fits:
-    statistics of shape (in, 1) beside a kernel of shape (in, out) are sharded along the first axis
-    as the kernel is, and not along the second; a factored moment of `optax.adafactor`, of
-    shape (in,) or (out,), is sharded as that axis of the kernel is, if its size tells which one it
-    is. All else is replicated: counts, what `bnp` keeps in a few numbers, and all that `whiten`
-    keeps.
+    moments of shape (2, in, 1) beside a kernel of shape (in, out) are sharded along the second axis
+    as the kernel is along its first, as are the (memory, in, out) of L-BFGS; a factored moment of
+    `optax.adafactor`, of shape (in,) or (out,), is sharded as that axis of the kernel is, if its
+    size tells which one it is. All else is replicated: counts, what `bnp` keeps in a few numbers,
+    and all that `whiten` keeps.
 
     Which parameter an array belongs to is told by the end of its path in the state.
 
@@ -51,7 +51,7 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
       >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
       >>> specs = {"kernel": P("data", "model"), "bias": P("model")}
       >>> found = bnp_optax.state_sharding(bnp_optax.bnp_adam(1e-3), params, specs)
-      >>> found.preconditioner.var["kernel"] == P("data", None)
+      >>> found.preconditioner.moments["kernel"] == P(None, "data", None)
       True
       >>> found.inner[0].mu == specs
       True
@@ -80,9 +80,9 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
             return jax.tree.map(lambda _: replicated, node)  # Decomposed whole on every device.
         if not isinstance(node, BNPState):
             return of_array(path, node)
-        statistics = jax.tree_util.tree_map_with_path(of_array, (node.mean, node.var))
-        numbers = jax.tree.map(lambda _: replicated, (node.numbers, node.inputs, node.eps))
-        return BNPState(*statistics, *numbers)
+        moments = jax.tree_util.tree_map_with_path(of_array, node.moments)
+        rest = jax.tree.map(lambda _: replicated, node[1:])
+        return BNPState(moments, *rest)
 
     return treedef.unflatten([of_node(path, node) for path, node in flat])
 
@@ -157,6 +157,8 @@ def _fitted_names(
     if part == shape:
         return spec
     names = (*spec, *[None] * (len(shape) - len(spec)))
+    if len(part) == len(shape) + 1:
+        return None, *_fitted_names(spec, shape, part[1:])  # Several, along a first axis.
     if len(part) == len(shape):
         # What has not the parameter's size, has size 1.
         same = zip(names, shape, part, strict=True)

@@ -179,10 +179,9 @@ class LayerStats:
         cls, mean: Array, var: Array, count: Array, layer: Layer, **second: Array
     ) -> "LayerStats":
         """Statistics of a single batch, whose `sq_mean` is the square of its mean."""
-        # `sq_mean - mean**2` must not be positive by rounding, however it is evaluated (fused,
-        # say). So the compiler must not compute the mean twice, and the square goes down.
+        # Or the compiler may compute the mean twice, see `square_below`.
         mean = lax.optimization_barrier(mean)
-        return cls(mean, var, mean**2 * (1.0 - _SPACING), count, layer, **second)
+        return cls(mean, var, square_below(mean), count, layer, **second)
 
     @property
     def total_variance(self) -> Float[Array, "..."]:
@@ -230,6 +229,15 @@ class LayerStats:
     def batch_size(self) -> Float[Array, ""]:
         """N, the number of examples."""
         return self.count / self.layer.positions
+
+
+def square_below(mean: Array) -> Array:
+    """`LayerStats.sq_mean` of one batch, whose mean is behind a barrier.
+
+    `sq_mean - mean**2` must not be positive by rounding, however it is evaluated (fused, say). So
+    the compiler must not compute the mean twice, and the square goes down.
+    """
+    return mean**2 * (1.0 - _SPACING)
 
 
 def total_variance(mean: Array, var: Array, sq_mean: Array) -> Array:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from bnp_optax._tree import named_leaves, split_arrays
 from bnp_optax.capture import groups, interpreter, rows
@@ -19,7 +20,7 @@ from bnp_optax.capture.jaxprs import Liveness, Numbers
 from bnp_optax.capture.moments import Options, Weights
 from bnp_optax.capture.tracer import trace
 from bnp_optax.capture.uses import Trace, Use
-from bnp_optax.statistics import Layer, LayerStats, Shape
+from bnp_optax.statistics import Layer, LayerStats, Shape, square_below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,15 +339,23 @@ def statistics(
 ) -> dict[str, LayerStats]:
     """Measurements as the statistics of layers; `second` as `measure` had it."""
     unions = {name: groups.union([call[0] for call in of]) for name, of in measures.items()}
+    joined = groups.joined(unions)
+    layers = {name: found.kernels[name].layer for name in joined}
+    # As `LayerStats.of_batch`, whose barrier for each layer would be as many to the compiler.
+    means = lax.optimization_barrier(
+        {name: jnp.broadcast_to(of.mean, layers[name].stats_shape) for name, of in joined.items()}
+    )
     result = {}
-    for name, measure in groups.joined(unions).items():
-        layer, moments = found.kernels[name].layer, {}
+    for name, of in joined.items():
+        layer, mean, moments = layers[name], means[name], {}
         if second and name in second:
             of_calls = rows.union([call[1] for call in measures[name]])
             moments = rows.second_moments(of_calls, layer, second[name])
-        mean, var = (jnp.broadcast_to(x, layer.stats_shape) for x in (measure.mean, measure.var))
-        count = jnp.max(measure.count)
-        result[name] = LayerStats.of_batch(mean, var, count, layer, **moments)
+        var = jnp.broadcast_to(of.var, layer.stats_shape)
+        # The same wherever it was measured, or a constant.
+        of_count = np if isinstance(of.count, np.ndarray) else jnp
+        count = jnp.asarray(of_count.max(of.count), jnp.float32)
+        result[name] = LayerStats(mean, var, square_below(mean), count, layer, **moments)
     return result
 
 

@@ -20,6 +20,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +52,16 @@ def union(measures: list[Measure]) -> Measure:
     return each(lambda *group: views.union(list(group)), *measures)
 
 
-def joined(measures: Mapping[str, Measure]) -> dict[str, Measure]:
-    """The statistics of all rows, without the axis of groups."""
+class Joined(NamedTuple):
+    """Statistics of all rows, as in `Measure`, without the axis of groups."""
+
+    mean: jax.Array
+    var: jax.Array
+    count: Any
+
+
+def joined(measures: Mapping[str, Measure]) -> dict[str, Joined]:
+    """The statistics of all rows."""
     alike, result = collections.defaultdict(list), {}
     for name, measure in measures.items():
         # Explicit shardings do not mix.
@@ -61,12 +70,16 @@ def joined(measures: Mapping[str, Measure]) -> dict[str, Measure]:
         ].append(name)
     for (n_groups, *_), names in alike.items():
         found = [measures[name] for name in names]
-        found = _joined(found) if n_groups > 1 else [m.map(lambda x: x[0]) for m in found]
+        found = _joined(found) if n_groups > 1 else [_of_one_group(m) for m in found]
         result |= dict(zip(names, found, strict=True))
     return {name: result[name] for name in measures}
 
 
-def _joined(measures: list[Measure]) -> list[Measure]:
+def _of_one_group(measure: Measure) -> Joined:
+    return Joined(*(x.squeeze(0) for x in (measure.mean, measure.var, measure.count)))
+
+
+def _joined(measures: list[Measure]) -> list[Joined]:
     """The statistics of all rows in measurements of as many groups, by two sums for all of them.
 
     They are laid side by side. Left to itself, XLA merges sums over devices as long as none waits
@@ -105,5 +118,5 @@ def _joined(measures: list[Measure]) -> list[Measure]:
         at = int(start) + jnp.arange(size)
         fields = jnp.take(whole, at, axis=1, mode="clip").reshape(-1, *measure.mean.shape[1:])
         count = fields[2] if len(fields) == 3 else len(measure.mean) * measure.count[0]
-        result.append(Measure(fields[0], fields[1], jnp.zeros_like(fields[0]), count))
+        result.append(Joined(fields[0], fields[1], count))
     return result

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jax.extend.core import primitives as prims
@@ -86,10 +87,14 @@ def _measured(use: Use, read: views.Read, weights: Weights, n_rows: int) -> Part
     except ValueError as error:
         error.add_note(f"This happened at the inputs of `{use.name}`.")
         raise
-    # The number of rows may be symbolic, as in `jax.export`.
-    count = jnp.asarray(use.product.count).astype(jnp.float32) / len(mean)
-    count = count if weights is None else count * share
-    measure = Measure(mean, var, rest, jnp.reshape(count, (-1,) + (1,) * (mean.ndim - 1)))
+    count, layout = use.product.count, (-1,) + (1,) * (mean.ndim - 1)
+    if isinstance(count, int) and weights is None:
+        count = np.asarray(count / len(mean), np.float32)  # Nothing to trace.
+    else:
+        # The number of rows may be symbolic, as in `jax.export`.
+        count = jnp.asarray(count).astype(jnp.float32) / len(mean)
+        count = count if weights is None else count * share
+    measure = Measure(mean, var, rest, count.reshape(layout))
     return [measure, *rows]
 
 

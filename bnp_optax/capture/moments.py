@@ -151,8 +151,8 @@ def _moments(x: jax.Array, axes: Axes, weights: Weights, sample_rows: int | None
             return zeros, zeros, zeros
         if shares is None:
             mean = _mean(rows, axes)
-            var, rest = _mean((rows - mean) ** 2, axes), _mean(rows - mean, axes)
-            mean, var, rest = (jnp.squeeze(stat, axes) for stat in (mean, var, rest))
+            deviations = rows - jnp.expand_dims(mean, axes)
+            var, rest = _mean(deviations**2, axes), _mean(deviations, axes)
         else:
             mean = _weighted_sum(shares, rows)
             var = _weighted_sum(shares, (rows - mean[None]) ** 2)
@@ -319,14 +319,14 @@ def _are_many(n_rows: Any) -> bool:
 
 
 def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The mean over `axes`, which keep their place; of many rows axis by axis, from the last on.
+    """The mean over `axes`; of many rows axis by axis, from the last on.
 
     XLA may sum over several axes one by one (on the CPU before jax 0.10), which loses digits.
     """
     if not _are_many(math.prod(x.shape[axis] for axis in axes)):
-        return jnp.mean(x, axis=axes, keepdims=True)
+        return jnp.mean(x, axis=axes)
     for axis in sorted(axes, reverse=True):
-        x = jnp.mean(x, axis=axis, keepdims=True)
+        x = jnp.mean(x, axis=axis)
     return x
 
 

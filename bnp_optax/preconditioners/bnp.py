@@ -1,6 +1,5 @@
 """Batch normalization preconditioning (Lange, Helfrich, Ye, JMLR 2022, Algorithms 2 and 3)."""
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -184,14 +183,17 @@ def bnp(
     def init(params: Any) -> BNPState:
         found, leaves = layers_of(params, layers), named_leaves(params)
 
-        def full(value: float, name: str) -> Array:
-            array = jnp.full(found[name].stats_shape, value, jnp.float32)
-            return fitted(array, leaves[name])
+        def moments_of(name: str, mean: Any, var: Any) -> Array:
+            layer, kernel = found[name], leaves[name]
+            arrays = [mean, var] if layer.bias else [var]
+            shape = layer.stats_shape
+            arrays = [fitted(jnp.broadcast_to(x, shape), kernel) for x in arrays]
+            return jnp.stack(arrays).astype(jnp.float32)
 
         check_fixed(held, found)
-        start = {n: Running(full(0.0, n), full(1.0, n), START.vector()) for n in found}
+        start = {n: Running(moments_of(n, 0.0, 1.0), START.vector()) for n in found}
         for name, stats in held.items():
-            layer, kernel = found[name], leaves[name]
+            layer = found[name]
             var = stats.total_variance + (0.0 if layer.bias else stats.mean**2)
             held_numbers = START._replace(
                 entered=math.inf,
@@ -200,14 +202,11 @@ def bnp(
                 shift=jnp.mean(stats.mean**2 / var) if layer.bias else 0.0,
                 square_gain=jnp.mean(1.0 / var),
             )
-            start[name] = Running(
-                fitted(stats.mean, kernel), fitted(var, kernel), held_numbers.vector()
-            )
+            start[name] = Running(moments_of(name, stats.mean, var), held_numbers.vector())
         ambiguous = {name: _may_vary_elsewhere(layer, layers) for name, layer in found.items()}
         return BNPState(
-            mean=_at(params, {n: of.mean for n, of in start.items() if found[n].bias}),
-            var=_at(params, {n: start[n].var for n in found}),
-            numbers=_at(params, {n: start[n].numbers for n in found}),
+            moments=_at(params, {n: of.moments for n, of in start.items()}),
+            numbers=_at(params, {n: of.numbers for n, of in start.items()}),
             inputs=_at(params, {n: _bits(layer) for n, layer in found.items() if ambiguous[n]}),
             eps=eps(),
         )
@@ -235,31 +234,31 @@ def bnp(
         if not matched:
             return state
         old = BNPState._make([*map(named_leaves, state[:-1]), state.eps])
-        check_same_layers("bnp", matched, old.var)
+        check_same_layers("bnp", matched, old.moments)
         # Both are needed, or a donated state would not be donated whole.
         new_eps, _ = jax.lax.optimization_barrier((eps(), old.eps))
-        new = BNPState({}, {}, {}, {}, new_eps)
+        new = BNPState({}, {}, {}, new_eps)
         options = Options(decay, 1.0 - decay, eps_rel, eps_abs, shrinkage, max_ratio, batch_size)
         came, shapes = {}, {}
         for name, (_, stats) in matched.items():
-            mean = _widened(old.mean[name], stats) if name in old.mean else None
-            var = _widened(old.var[name], stats)
-            batch = jax.tree.map(functools.partial(_placed, like=var), Batch.of(stats))
+            moments = _widened(old.moments[name], stats)
+            batch = Batch.of(stats)
+            of_batch = fitted(batch.moments, moments)
+            shapes[name] = moments.shape
             # In one axis more layers have one shape.
-            short = functools.partial(_in_one_axis, like=var)
-            mean, shorter, batch = jax.tree.map(short, (mean, var, batch))
-            came[name] = (Running(mean, shorter, old.numbers[name]), batch)
-            shapes[name] = var.shape
-        found = together(
-            lambda rule, *args: moved(*args, options, rule=rule), came, rules_of(matched)
-        )
+            moments, of_batch = (_in_one_axis(x, moments) for x in (moments, of_batch))
+            came[name] = (Running(moments, old.numbers[name]), Batch(of_batch, batch.count))
+
+        def in_a_row(rule: Rule, *args: Any) -> Running:
+            moments, numbers = moved(*args, options, rule=rule)
+            # Rows of a matrix, put in a kernel's shape, would be copied once more.
+            return Running(moments.ravel() if spec_of(moments) is None else moments, numbers)
+
+        found = together(in_a_row, came, rules_of(matched))
         for name, (layer, _) in matched.items():
-            mean, var, new.numbers[name] = found[name]
-            mean, var = jax.tree.map(lambda x: x.reshape(shapes[name]), (mean, var))  # noqa: B023
-            if mean is not None:
-                new.mean[name] = mean
-            new.var[name] = var
-            if name in old.inputs or var.shape != old.var[name].shape:
+            moments, new.numbers[name] = found[name]
+            new.moments[name] = moments.reshape(shapes[name])
+            if name in old.inputs or shapes[name] != old.moments[name].shape:
                 # As the others that entered; nothing did where the layer has not been seen.
                 seen = new.numbers[name][1] > old.numbers[name][1]
                 bits = _bits(layer)
@@ -291,33 +290,24 @@ def _may_vary_elsewhere(layer: Layer, layers: Layers | None) -> bool:
     return any(size > 1 for axis, size in enumerate(layer.stats_shape) if axis not in inputs)
 
 
-def _widened(array: Array, stats: LayerStats) -> Array:
-    """A running array in a shape that has room for the statistics, such as a grouped layer's."""
-    old, new = array.shape, stats.mean.shape
+def _widened(moments: Array, stats: LayerStats) -> Array:
+    """Running moments in a shape that has room for the statistics, such as a grouped layer's."""
+    (n_moments, *old), new = moments.shape, stats.mean.shape
     if len(old) != len(new) or any(1 != a != b != 1 for a, b in zip(old, new, strict=True)):
         msg = (
-            f"The state of `bnp` has running statistics of shape {old} for `{stats.layer.kernel}`, "
-            f"but those of the batch have shape {new}: it is the state of another network. Call "
-            "`init` on these parameters, or restore the state that belongs to them."
+            f"The state of `bnp` has running statistics of shape {tuple(old)} for "
+            f"`{stats.layer.kernel}`, but those of the batch have shape {new}: it is the state of "
+            "another network. Call `init` on these parameters, or restore the state that belongs "
+            "to them."
         )
         raise ValueError(msg)
-    return jnp.broadcast_to(array, jnp.broadcast_shapes(old, new))
-
-
-def _placed(x: Array, like: Array) -> Array:
-    """Statistics that came, sharded as the running ones; the count is of no layout."""
-    return fitted(x, like) if x.ndim else x
+    return jnp.broadcast_to(moments, (n_moments, *jnp.broadcast_shapes(tuple(old), new)))
 
 
 def _in_one_axis(x: Array, like: Array) -> Array:
-    """Statistics in one axis, or in a mesh of explicit axes without those where `like` has size 1.
-
-    The count has none.
-    """
-    if not x.ndim:
-        return x
+    """Moments as matrices, or in a mesh of explicit axes without those where `like` has size 1."""
     if spec_of(like) is None:
-        return jnp.broadcast_to(x, like.shape).ravel()
+        return jnp.broadcast_to(x, (len(x), *like.shape[1:])).reshape(len(x), -1)
     return jnp.squeeze(x, tuple(axis for axis, size in enumerate(like.shape) if size == 1))
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float
 
 from bnp_optax._explicit import fitted
@@ -16,6 +17,7 @@ from bnp_optax.preconditioners.base import Operator
 from bnp_optax.preconditioners.centering import Entries
 from bnp_optax.preconditioners.layout import layers_of
 from bnp_optax.preconditioners.numbers import Numbers, check_length, floored, shrunk
+from bnp_optax.preconditioners.running import Running
 
 # The units of the data, which the layers' gains make up for, are not those of other parameters.
 _MAX_GAIN = 10.0
@@ -29,8 +31,8 @@ class BNPState(NamedTuple):
     those of the parameters; `bnp_optax.state_sharding` tells how to shard it.
 
     Attributes:
-      mean: At kernels with a bias, the running mean mu, which broadcasts against the kernel.
-      var: At all kernels, the running variance sigma^2, of the same shape; the mean square where
+      moments: At all kernels, along a first axis, the running mean mu and the running variance
+        sigma^2, each of a shape that broadcasts against the kernel; the mean square alone where
         there is no bias.
       numbers: At all kernels, the vector of `Numbers`.
       inputs: At kernels whose statistics vary along an axis that is not summed over, such as that
@@ -38,11 +40,20 @@ class BNPState(NamedTuple):
       eps: `eps_rel` and `eps_abs`, by which sigma~ exceeds sigma; and `shrinkage`, if any.
     """
 
-    mean: Any
-    var: Any
+    moments: Any
     numbers: Any
     inputs: Any
     eps: Float[Array, "_"]
+
+    @property
+    def mean(self) -> Any:
+        """The running mean, at kernels with a bias."""
+        return jax.tree.map(lambda x: x[0] if len(x) > 1 else optax.MaskedNode(), self.moments)
+
+    @property
+    def var(self) -> Any:
+        """The running variance, or mean square, at all kernels."""
+        return jax.tree.map(lambda x: x[-1], self.moments)
 
 
 class Scaling(NamedTuple):
@@ -80,19 +91,18 @@ class Scaling(NamedTuple):
 
 def scalings(state: BNPState) -> dict[str, Scaling]:
     """D of each layer, by the name of its kernel."""
-    means, variances, numbers, inputs = map(named_leaves, state[:-1])
+    moments, numbers, inputs = map(named_leaves, state[:-1])
 
-    def scaling(name: str, var: Array) -> Scaling:
+    def scaling(name: str, of_layer: Array) -> Scaling:
         check_length(numbers[name])
-        return _scaling(means.get(name), var, numbers[name], inputs.get(name), state.eps)
+        return _scaling(Running(of_layer, numbers[name]), inputs.get(name), state.eps)
 
-    return {name: scaling(name, var) for name, var in variances.items()}
+    return {name: scaling(name, of_layer) for name, of_layer in moments.items()}
 
 
 @jax.jit
-def _scaling(
-    mean: Array | None, var: Array, numbers: Array, inputs: Array | None, eps: Array
-) -> Scaling:
+def _scaling(running: Running, inputs: Array | None, eps: Array) -> Scaling:
+    mean, var, numbers = running.mean, running.var, running.numbers
     weight, floor = Numbers.at(numbers, "weight"), Numbers.at(numbers, "floor")
     if inputs is not None:
         floor = _floor_of_groups(mean, var, numbers, inputs, eps)

@@ -79,8 +79,8 @@ def gram(w: Kernel, b: Bias, P: Entries) -> Pair:
     # Of one example G_w is an outer product, which a sum would write out first and a product does
     # not; but on a CPU a product takes longer to compile than all the rest of a small layer.
     along = _dot if w.size > _SMALL else _sum
-    shifted = along(P.mu * P.s**2, w, b.shape) - square * b
-    return P.s**2 * (w - P.mu * b), P.s_b**2 * b - shifted
+    s = P.s**2
+    return s * (w - P.mu * b), (P.s_b**2 + square) * b - along(P.mu * s, w, b.shape)
 
 
 @jax.jit

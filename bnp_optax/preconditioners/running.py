@@ -22,25 +22,47 @@ _N_WHOLE = 10
 
 
 class Running(NamedTuple):
-    """Running statistics of a layer, as `BNPState` has them; `mean` is None without a bias."""
+    """Running statistics of a layer, as `BNPState` has them."""
 
-    mean: Array | None
-    var: Array
+    moments: Array
     numbers: Float[Array, "11"]
+
+    @property
+    def mean(self) -> Array | None:
+        """None without a bias."""
+        return self.moments[0] if len(self.moments) > 1 else None
+
+    @property
+    def var(self) -> Array:
+        """The mean square without a bias."""
+        return self.moments[-1]
 
 
 class Batch(NamedTuple):
-    """A batch's statistics, as in `LayerStats`; `n_rows` is `count` there."""
+    """A batch's statistics, as in `LayerStats`: mean, var and sq_mean along a first axis."""
 
-    mean: Array
-    var: Array
-    sq_mean: Array
-    n_rows: Float[Array, ""]
+    moments: Array
+    count: Float[Array, ""]
 
     @classmethod
     def of(cls, stats: LayerStats) -> "Batch":
         """What of a layer's statistics enters."""
-        return cls(stats.mean, stats.var, stats.sq_mean, stats.count)
+        return cls(jnp.stack([stats.mean, stats.var, stats.sq_mean]), stats.count)
+
+    @property
+    def mean(self) -> Array:
+        """As in `LayerStats`."""
+        return self.moments[0]
+
+    @property
+    def var(self) -> Array:
+        """As in `LayerStats`."""
+        return self.moments[1]
+
+    @property
+    def sq_mean(self) -> Array:
+        """As in `LayerStats`."""
+        return self.moments[2]
 
     @property
     def total_variance(self) -> Array:
@@ -107,10 +129,10 @@ def moved(old: Running, batch: Batch, options: Options, rule: Rule) -> Running:
     if not rule.held:
         mean, var = _mean_and_var(old, batch, weights, bound, rule)
     valid, largest_var = _validity_and_largest(batch, var)
-    accept = valid & (batch.n_rows > 0.0)
-    reject = ~valid & (batch.n_rows != 0.0)
+    accept = valid & (batch.count > 0.0)
+    reject = ~valid & (batch.count != 0.0)
 
-    size = batch.n_rows / rule.positions
+    size = batch.count / rule.positions
     n = jnp.maximum(size, numbers.batch_size)
     if options.batch_size is not None:
         size = n = jnp.asarray(options.batch_size, jnp.float32)
@@ -130,10 +152,9 @@ def moved(old: Running, batch: Batch, options: Options, rule: Rule) -> Running:
         return jnp.where(accept, new, old).astype(old.dtype)
 
     counted = jnp.asarray(Numbers(*[0.0] * len(numbers))._replace(rejected=1.0), jnp.float32)
+    moments = jnp.stack([var] if mean is None else [mean, var])
     return Running(
-        None if old.mean is None or mean is None else entered(mean, old.mean),
-        entered(var, old.var),
-        entered(new.vector(), old.numbers + counted * reject),
+        entered(moments, old.moments), entered(new.vector(), old.numbers + counted * reject)
     )
 
 
@@ -207,7 +228,7 @@ def _mean_and_var(
     elif rule.variance == "running":
         var = var + distance**2
     elif rule.variance == "auto":
-        var = var + jnp.where(batch.n_rows <= 1.0, distance**2, 0.0)
+        var = var + jnp.where(batch.count <= 1.0, distance**2, 0.0)
     var = jnp.minimum(var, bound.var)
     mean = weights.old * old.mean + weights.new * mean
     return mean, weights.old * old.var + weights.new * var
@@ -231,4 +252,4 @@ def _validity_and_largest(batch: Batch, var: Array) -> tuple[Bool[Array, ""], Fl
     # One reduction of one array: more would be kernels to start, and collectives where it is
     # sharded, which a network has little other work for.
     largest = jnp.max(jnp.where((zeros == 0.0) & (batch.var >= 0.0), var, jnp.inf))
-    return jnp.isfinite(largest) & jnp.isfinite(batch.n_rows), largest
+    return jnp.isfinite(largest) & jnp.isfinite(batch.count), largest

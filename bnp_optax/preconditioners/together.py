@@ -7,7 +7,7 @@ are computed at once, and XLA starts and compiles the kernels of one layer.
 Two things keep what is left to each layer small. A layer's arrays of equal shape are stacked before
 the layers are, which is one kernel a layer whatever their number. And a row is taken from the stack
 by a gather at places that are an array: at places that are numbers XLA would compile the kernel of
-each layer anew, 10 to 40 ms on a CPU, and where it is one row it makes a number of the array.
+each layer anew, 10 to 40 ms on a CPU, and of an array of one place it makes a number.
 """
 
 import collections
@@ -55,10 +55,13 @@ def _at_once(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any
     of_one = jax.eval_shape(function, *arguments[0])
 
     def packed(args: Packed) -> Packed:
-        return _packed(function(*_unpacked(_rows(args), arguments[0])))
+        rows = {key: list(arrays) for key, arrays in args.items()}
+        results = _by_shape(function(*_unpacked(rows, arguments[0])))
+        return {key: jnp.stack(arrays) for key, arrays in results.items()}
 
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(_packed, arguments))
-    results = jax.vmap(packed)(stacked)
+    by_layer = list(map(_by_shape, arguments))
+    stacked = {key: _stacked([of[key] for of in by_layer]) for key in by_layer[0]}
+    results = jax.tree.map(_computed, jax.vmap(packed, out_axes=1)(stacked))
     rows = {key: _rows_of(result) for key, result in results.items()}
     return [
         _unpacked({key: of[i] for key, of in rows.items()}, of_one) for i in range(len(arguments))
@@ -69,44 +72,63 @@ def _key(array: Any) -> tuple[Any, ...]:
     return array.shape, array.dtype
 
 
-def _packed(tree: Any) -> Packed:
-    """The arrays of `tree`, those of one shape stacked."""
+def _by_shape(tree: Any) -> dict[tuple[Any, ...], list[Array]]:
     alike = collections.defaultdict(list)
     for leaf in jax.tree.leaves(tree):
         alike[_key(leaf)].append(leaf)
-    return {key: jnp.stack(leaves) for key, leaves in alike.items()}
+    return alike
+
+
+def _stacked(arrays: Sequence[Sequence[Array]]) -> Array:
+    """The arrays of all layers, first along the layers."""
+    if len(arrays[0]) == 1:
+        return jnp.stack([one for (one,) in arrays])[:, None]
+    return jnp.stack([jnp.stack(of_layer) for of_layer in arrays])
 
 
 def _unpacked(rows: Mapping[tuple[Any, ...], Sequence[Array]], like: Any) -> Any:
-    """What `_packed` made of a tree of the structure and shapes of `like`, given its rows."""
+    """A tree of the structure and shapes of `like`, from its arrays by shape."""
     left = {key: iter(arrays) for key, arrays in rows.items()}
     return jax.tree.map(lambda leaf: next(left[_key(leaf)]), like)
 
 
-def _rows(packed: Packed) -> dict[tuple[Any, ...], list[Array]]:
-    return {key: list(arrays) for key, arrays in packed.items()}
-
-
 def _rows_of(stacked: Array) -> list[list[Array]]:
     """The rows of each layer."""
-    n_layers, n_rows, *shape = stacked.shape
+    n_rows, n_layers, *shape = stacked.shape
     flat = stacked.reshape(-1, *shape)
-    first = lax.broadcasted_iota(np.int32, (2, *shape), 0) == 0
-    nothing = jnp.full((2, *shape), -jnp.inf, stacked.dtype)
+    choice = _choice((2, *shape), flat.dtype)
 
     def at(place: int) -> Array:
         # A neighbour's place beside its own, which alone would be a number to XLA.
-        places = np.array([[place], [place - 1 if place else 1]], np.int32)
-        return _row(flat, places, first, nothing)
+        return _row(flat, np.array([[place], [place - 1 if place else 1]], np.int32), *choice)
 
-    return [[at(i * n_rows + j) for j in range(n_rows)] for i in range(n_layers)]
+    return [[at(j * n_layers + i) for j in range(n_rows)] for i in range(n_layers)]
 
 
 @jax.jit
-def _row(flat: Array, places: Array, first: Array, nothing: Array) -> Array:
-    """The first of the rows at two places; the others are shared by all rows of a stack."""
+def _row(flat: Array, places: Array, is_first: Array, nothing: Array) -> Array:
+    """The first of the rows at two places."""
     numbers = lax.GatherDimensionNumbers(tuple(range(1, flat.ndim)), (0,), (0,))
     sizes, mode = (1, *flat.shape[1:]), lax.GatherScatterMode.PROMISE_IN_BOUNDS
-    two = lax.gather(flat, places, numbers, sizes, mode=mode)
-    # The maximum takes the first whatever is in both, and is one kernel with the gather.
-    return jnp.max(lax.select(fitted(first, two), two, fitted(nothing, two)), axis=0)
+    # One kernel with the gather, which a slice is not.
+    return _first_of(lax.gather(flat, places, numbers, sizes, mode=mode), is_first, nothing)
+
+
+def _computed(stacked: Array) -> Array:
+    """The same array, which XLA then does not compute anew in the kernel of each row taken.
+
+    It copies what makes an array into the kernels that read it, however much that is, but for
+    reductions.
+    """
+    two = jnp.broadcast_to(stacked, (2, *stacked.shape))
+    return _first_of(two, *_choice(two.shape, two.dtype))
+
+
+def _first_of(two: Array, is_first: Array, nothing: Array) -> Array:
+    """The first of two arrays, by a maximum, whatever is in both."""
+    return jnp.max(lax.select(fitted(is_first, two), two, fitted(nothing, two)), axis=0)
+
+
+def _choice(shape: tuple[int, ...], dtype: Any) -> tuple[Array, Array]:
+    """Where the first of two arrays is, and what not to choose; rows of one shape share them."""
+    return lax.broadcasted_iota(np.int32, shape, 0) == 0, jnp.full(shape, -jnp.inf, dtype)

@@ -100,7 +100,8 @@ def multi_steps(
         state = multi.init(params)
         shapes: dict[str, Any] = {}
         for bnp_state in bnp_states(state):
-            shapes |= {name: jnp.shape(var) for name, var in named_leaves(bnp_state.var).items()}
+            moments = named_leaves(bnp_state.moments)
+            shapes |= {name: jnp.shape(array)[1:] for name, array in moments.items()}
         of_var = {**shapes}
         for whiten_state in whiten_states(state):
             for name, covariance in named_leaves(whiten_state.covariance).items():

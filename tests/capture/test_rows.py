@@ -255,11 +255,15 @@ def test_a_parameter_cast_to_whole_numbers_is_none(name):
 
 def test_a_layer_before_a_cast_to_whole_numbers_has_no_gradient():
     def loss_fn(p, x):
-        return far(jnp.tanh(x @ p["w"]).astype(int).astype(jnp.float32) @ p["v"] + p["b"][None])
+        return far(whole(x @ p["w"]).astype(jnp.float32) @ p["v"] + p["b"][None])
+
+    def whole(y):
+        # Where tanh has all but reached 1, machines differ in whether it is 1.
+        return (2.5 * jnp.tanh(y)).astype(int)
 
     params = {"w": 9 * normal(1, 3, 2), "v": normal(2, 2, 2), "b": normal(3, 2)}
     stats = capture(loss_fn, params, X)
-    assert_rows(stats["v"], jnp.tanh(X @ params["w"]).astype(int))
+    assert_rows(stats["v"], whole(X @ params["w"]))
     assert "w" not in stats or stats["w"].count == 0
 
 
