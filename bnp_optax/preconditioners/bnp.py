@@ -247,7 +247,7 @@ def bnp(
             shapes[name] = moments.shape
             # In one axis more layers have one shape.
             moments, of_batch = (_in_one_axis(x, moments) for x in (moments, of_batch))
-            came[name] = (Running(moments, old.numbers[name]), Batch(of_batch, batch.count))
+            came[name] = (Running(moments, old.numbers[name]), Batch(of_batch, batch.n_rows))
 
         def in_a_row(rule: Rule, *args: Any) -> Running:
             moments, numbers = moved(*args, options, rule=rule)

@@ -47,13 +47,20 @@ class BNPState(NamedTuple):
 
     @property
     def mean(self) -> Any:
-        """The running mean, at kernels with a bias."""
-        return jax.tree.map(lambda x: x[0] if len(x) > 1 else optax.MaskedNode(), self.moments)
+        """The running mean, at kernels with a bias; or its shape, if this is a state of shapes."""
+        mask = optax.MaskedNode()
+        return jax.tree.map(lambda x: _part(x, 0) if x.shape[0] > 1 else mask, self.moments)
 
     @property
     def var(self) -> Any:
         """The running variance, or mean square, at all kernels."""
-        return jax.tree.map(lambda x: x[-1], self.moments)
+        return jax.tree.map(lambda x: _part(x, -1), self.moments)
+
+
+def _part(x: Any, place: int) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.eval_shape(lambda x: x[place], x)
+    return x[place]
 
 
 class Scaling(NamedTuple):

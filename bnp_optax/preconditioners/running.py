@@ -39,10 +39,15 @@ class Running(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A batch's statistics, as in `LayerStats`: mean, var and sq_mean along a first axis."""
+    """A batch's statistics, as in `LayerStats`; `n_rows` is `count` there.
+
+    Attributes:
+      moments: mean, var and sq_mean, along a first axis.
+      n_rows: How many rows they are of.
+    """
 
     moments: Array
-    count: Float[Array, ""]
+    n_rows: Float[Array, ""]
 
     @classmethod
     def of(cls, stats: LayerStats) -> "Batch":
@@ -129,10 +134,10 @@ def moved(old: Running, batch: Batch, options: Options, rule: Rule) -> Running:
     if not rule.held:
         mean, var = _mean_and_var(old, batch, weights, bound, rule)
     valid, largest_var = _validity_and_largest(batch, var)
-    accept = valid & (batch.count > 0.0)
-    reject = ~valid & (batch.count != 0.0)
+    accept = valid & (batch.n_rows > 0.0)
+    reject = ~valid & (batch.n_rows != 0.0)
 
-    size = batch.count / rule.positions
+    size = batch.n_rows / rule.positions
     n = jnp.maximum(size, numbers.batch_size)
     if options.batch_size is not None:
         size = n = jnp.asarray(options.batch_size, jnp.float32)
@@ -228,7 +233,7 @@ def _mean_and_var(
     elif rule.variance == "running":
         var = var + distance**2
     elif rule.variance == "auto":
-        var = var + jnp.where(batch.count <= 1.0, distance**2, 0.0)
+        var = var + jnp.where(batch.n_rows <= 1.0, distance**2, 0.0)
     var = jnp.minimum(var, bound.var)
     mean = weights.old * old.mean + weights.new * mean
     return mean, weights.old * old.var + weights.new * var
@@ -252,4 +257,4 @@ def _validity_and_largest(batch: Batch, var: Array) -> tuple[Bool[Array, ""], Fl
     # One reduction of one array: more would be kernels to start, and collectives where it is
     # sharded, which a network has little other work for.
     largest = jnp.max(jnp.where((zeros == 0.0) & (batch.var >= 0.0), var, jnp.inf))
-    return jnp.isfinite(largest) & jnp.isfinite(batch.count), largest
+    return jnp.isfinite(largest) & jnp.isfinite(batch.n_rows), largest

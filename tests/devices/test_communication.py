@@ -52,19 +52,23 @@ def collectives_of_a_step(method, fsdp=False, **options):
     shapes = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     mesh = mesh_of()
 
-    def place(leaf):
+    def sharding(leaf):
         is_cut = fsdp and leaf.ndim > 1 and max(leaf.shape) >= WIDTH
-        spec = PartitionSpec("data") if is_cut else PartitionSpec()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        return NamedSharding(mesh, PartitionSpec("data") if is_cut else PartitionSpec())
 
-    params = jax.tree.map(place, shapes)
+    def place(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    shardings = jax.tree.map(sharding, shapes)
+    params = jax.tree.map(place, shapes, shardings)
     everywhere = NamedSharding(mesh, PartitionSpec())
     tokens = jax.ShapeDtypeStruct(
         (16, 33), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data"))
     )
     tx = optax.adam(1e-3) if method == "adam" else bnp_optax.bnp_adam(1e-3)
     tx = optax.with_extra_args_support(tx)
-    state = jax.tree.map(place, jax.eval_shape(tx.init, params))
+    of_state = bnp_optax.state_sharding(tx, shapes, shardings)
+    state = jax.tree.map(place, jax.eval_shape(tx.init, params), of_state)
 
     def step(params, state, tokens):
         if method == "adam":

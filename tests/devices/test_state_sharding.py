@@ -67,10 +67,9 @@ def test_statistics_are_sharded_along_the_kernel_s_inputs():
     state, (adam, *_) = found.preconditioner, found.inner
     assert adam.mu == adam.nu == SPECS
     assert adam.count == P()
-    for field in (state.mean, state.var):
-        assert field["Dense_0"]["kernel"] == P(None, None)
-        assert field["Dense_1"]["kernel"] == P("model", None)
-        assert field["Dense_2"]["kernel"] == P("data", None)
+    assert state.moments["Dense_0"]["kernel"] == P(None, None, None)
+    assert state.moments["Dense_1"]["kernel"] == P(None, "model", None)
+    assert state.moments["Dense_2"]["kernel"] == P(None, "data", None)
     assert set(jax.tree.leaves((state.numbers, state.eps), is_leaf=is_spec)) == {P()}
 
 
@@ -81,7 +80,14 @@ def test_a_kernel_with_an_axis_as_long_as_the_numbers_does_not_shard_them():
     found = bnp_optax.state_sharding(tx, kernel, specs).preconditioner
     assert tx.init(kernel).preconditioner.numbers["kernel"].shape == (11,)
     assert found.numbers["kernel"] == P()
-    assert found.var["kernel"] == P("data", None)
+    assert found.moments["kernel"] == P(None, "data", None)
+
+
+def test_a_memory_of_parameters_is_sharded_as_they_are():
+    found = bnp_optax.state_sharding(optax.scale_by_lbfgs(memory_size=3), params(), SPECS)
+    memory = found.diff_params_memory
+    assert memory["Dense_2"]["kernel"] == P(None, "data", "model")
+    assert memory["Dense_2"]["bias"] == P(None, "model")
 
 
 def test_factored_moments_are_sharded_as_the_axis_that_they_are_of():

@@ -117,16 +117,16 @@ def test_conditioning_of_stacked_layers_and_groups_is_that_of_the_worst():
     """Each layer or group has a D of its own: ratios across them do not count."""
     sigma = np.array([[1.0, 2.0, 8.0], [1000.0, 1000.0, 2000.0]])[..., None]
 
-    def state_of(var, inputs, mean):
+    def state_of(moments, inputs):
         bits = jnp.float32(sum(1 << axis for axis in inputs))
         numbers = START._replace(inv_q=0.5, entered=1.0).vector()
-        fields = (mean, jnp.asarray(var), numbers, bits)
+        fields = (jnp.asarray(moments), numbers, bits)
         return bnp_optax.BNPState(*({"kernel": field} for field in fields), jnp.zeros(2))
 
-    stacked = state_of(sigma**2, (1,), jnp.zeros((2, 3, 1)))
+    stacked = state_of(np.stack([0 * sigma, sigma**2]), (1,))
     # The bias's 1 is an entry of D too: 1/1 to 1/8, and 1 to 1/2000.
     assert float(diagnostics.conditioning(stacked)["kernel"]) == pytest.approx(2000.0)
-    grouped = state_of((sigma**2).transpose(2, 1, 0)[None], (0, 1, 2), optax.MaskedNode())
+    grouped = state_of((sigma**2).transpose(2, 1, 0)[None, None], (0, 1, 2))
     assert float(diagnostics.conditioning(grouped)["kernel"]) == pytest.approx(8.0)
 
 

@@ -167,8 +167,7 @@ def test_statistics_that_are_not_finite_do_not_enter(step: Step, field: str, val
     updates, after = tx.update(
         step.grads, state, step.params, layer_stats=step.stats | {FIRST: broken}
     )
-    for kept, before in zip(after[:2], state[:2], strict=True):
-        assert_same(kept["Dense_0"], before["Dense_0"])
+    assert_same(after.moments["Dense_0"], state.moments["Dense_0"])
     counted = [numbers[1:3].tolist() for numbers in jax.tree.leaves(after.numbers)]
     assert counted == [[1, 1], [2, 0]]
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))

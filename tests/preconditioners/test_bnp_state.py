@@ -51,10 +51,14 @@ def test_the_state_is_at_the_kernels():
     state = bnp_optax.bnp().init(params)
     mask = optax.MaskedNode()
     shapes = jax.tree.map(jnp.shape, state)
-    assert shapes.mean == {"a": {"kernel": (3, 1), "bias": mask}, "b": {"kernel": mask}}
-    assert shapes.var == {"a": {"kernel": (3, 1), "bias": mask}, "b": {"kernel": (2, 1)}}
+    assert shapes.moments == {"a": {"kernel": (2, 3, 1), "bias": mask}, "b": {"kernel": (1, 2, 1)}}
+    mean, var = (jax.tree.map(jnp.shape, of) for of in (state.mean, state.var))
+    assert mean == {"a": {"kernel": (3, 1), "bias": mask}, "b": {"kernel": mask}}
+    assert var == {"a": {"kernel": (3, 1), "bias": mask}, "b": {"kernel": (2, 1)}}
     assert shapes.numbers == {"a": {"kernel": (11,), "bias": mask}, "b": {"kernel": (11,)}}
     assert shapes.inputs == jax.tree.map(lambda _: mask, params)
+    abstract = jax.eval_shape(bnp_optax.bnp().init, params)
+    assert jax.tree.map(lambda x: x.shape, (abstract.mean, abstract.var)) == (mean, var)
     assert shapes.eps == (2,)
 
 

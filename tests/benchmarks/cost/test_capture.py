@@ -19,10 +19,11 @@ def one_device():
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize(("name", "most"), [("BNP + SGD", 9), ("Adam in z", 9)])
-def test_kernels_that_a_layer_adds(name, most):
+@pytest.mark.parametrize(("depths", "most"), [((4, 8), 10), ((8, 16), 8.5)])
+@pytest.mark.parametrize("name", ["BNP + SGD", "Adam in z"])
+def test_kernels_that_a_layer_adds(name, depths, most):
     pair = METHODS[name], METHODS[PLAIN[name]]
-    added = [sum(capture.kernels_per_layer(method, depths=(8, 16)).values()) for method in pair]
+    added = [sum(capture.kernels_per_layer(method, depths=depths).values()) for method in pair]
     assert added[1] < added[0] <= added[1] + most
 
 
@@ -46,7 +47,7 @@ def test_arrays_in_the_state_of_a_transformer():
         len(jax.tree.leaves(jax.eval_shape(METHODS[name].tx.init, problem.params)))
         for name in ("Adam in z", "Adam")
     )
-    assert ours <= 1.6 * adams
+    assert ours <= 1.4 * adams
 
 
 @pytest.mark.slow
