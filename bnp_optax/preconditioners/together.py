@@ -12,6 +12,7 @@ each layer anew, 10 to 40 ms on a CPU, and of an array of one place it makes a n
 
 import collections
 import functools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ import numpy as np
 from jax import Array, lax
 
 from bnp_optax._explicit import fitted
+
+# Entries of a row of which a copy costs less than computing it anew may.
+_SHORT = 2**15
 
 # By shape and type of arrays, these stacked.
 Packed = dict[tuple[Any, ...], Array]
@@ -118,8 +122,10 @@ def _computed(stacked: Array) -> Array:
     """The same array, which XLA then does not compute anew in the kernel of each row taken.
 
     It copies what makes an array into the kernels that read it, however much that is, but for
-    reductions.
+    reductions. Long rows, such as eigenvectors, are no result of cheap operations.
     """
+    if math.prod(stacked.shape[2:]) > _SHORT:
+        return stacked
     two = jnp.broadcast_to(stacked, (2, *stacked.shape))
     return _first_of(two, *_choice(two.shape, two.dtype))
 
