@@ -15,7 +15,7 @@ NOTE = """\
 Test scores in points of a hundred, mean of the seeds, when as many seconds are over as a whole run
 of Adam, or of AdamW, takes; the curves are read between their points, and a `-` stands where a
 method is not at its first point by then. What a step takes, in multiples of SGD's, is from `python
--m benchmarks cost-whiten --turns 3`, on networks of the same shapes. Rates are those that were
+-m benchmarks cost-whiten --turns 5`, on networks of the same shapes. Rates are those that were
 chosen for whole runs: a method that is stopped early could have had a better one."""
 
 # Problems, and the networks on which their steps were timed.
