@@ -352,9 +352,8 @@ def statistics(
             of_calls = rows.union([call[1] for call in measures[name]])
             moments = rows.second_moments(of_calls, layer, second[name])
         var = jnp.broadcast_to(of.var, layer.stats_shape)
-        # The same wherever it was measured, or a constant.
-        of_count = np if isinstance(of.count, np.ndarray) else jnp
-        count = jnp.asarray(of_count.max(of.count), jnp.float32)
+        # The same wherever it was measured; a constant's maximum is nothing to trace.
+        count = jnp.asarray(of.count.max(), jnp.float32)
         result[name] = LayerStats(mean, var, square_below(mean), count, layer, **moments)
     return result
 
