@@ -26,7 +26,7 @@ from bnp_optax.preconditioners.layout import layers_of
 from bnp_optax.preconditioners.matching import LEFT_OUT, check_same_layers, match_statistics
 from bnp_optax.preconditioners.numbers import START, vector
 from bnp_optax.preconditioners.running import Batch, Options, Rule, Running, Variance, moved
-from bnp_optax.preconditioners.together import together
+from bnp_optax.preconditioners.together import in_one_axis, together
 from bnp_optax.statistics import Layer, LayerStats
 
 # Of the layers together per example, at which q = 1 where all have one q.
@@ -199,7 +199,8 @@ def bnp(
                 entered=math.inf,
                 largest_var=jnp.max(var),
                 inv_sample=0.0,
-                shift=jnp.mean(stats.mean**2 / var) if layer.bias else 0.0,
+                gram_bias=1.0
+                + (layer.fan_in * jnp.mean(stats.mean**2 / var) if layer.bias else 0.0),
                 square_gain=jnp.mean(1.0 / var),
             )
             start[name] = Running(moments_of(name, stats.mean, var), held_numbers.vector())
@@ -217,7 +218,7 @@ def bnp(
         q_of = _whole_network(matched) if scale == "network" else None
         # c is of the layer's own positions in any case.
         return {
-            n: Rule(q_of or (size if scale else None), size[1], *options, n in held)
+            n: Rule(q_of or (size if scale else None), *size, *options, n in held)
             for n, size in sizes.items()
         }
 
@@ -246,7 +247,7 @@ def bnp(
             of_batch = fitted(batch.moments, moments)
             shapes[name] = moments.shape
             # In one axis more layers have one shape.
-            moments, of_batch = (_in_one_axis(x, moments) for x in (moments, of_batch))
+            moments, of_batch = (in_one_axis(x, moments) for x in (moments, of_batch))
             came[name] = (Running(moments, old.numbers[name]), Batch(of_batch, batch.n_rows))
 
         def in_a_row(rule: Rule, *args: Any) -> Running:
@@ -302,13 +303,6 @@ def _widened(moments: Array, stats: LayerStats) -> Array:
         )
         raise ValueError(msg)
     return jnp.broadcast_to(moments, (n_moments, *jnp.broadcast_shapes(tuple(old), new)))
-
-
-def _in_one_axis(x: Array, like: Array) -> Array:
-    """Moments as matrices, or in a mesh of explicit axes without those where `like` has size 1."""
-    if spec_of(like) is None:
-        return jnp.broadcast_to(x, (len(x), *like.shape[1:])).reshape(len(x), -1)
-    return jnp.squeeze(x, tuple(axis for axis, size in enumerate(like.shape) if size == 1))
 
 
 def _whole_network(matched: Mapping[str, tuple[Layer, LayerStats]]) -> tuple[float, float]:

@@ -1,15 +1,14 @@
 """P = U D / q on a parameter tree, from the running statistics that `bnp` keeps."""
 
-import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from bnp_optax._explicit import fitted
+from bnp_optax._explicit import fitted, spec_of
 from bnp_optax._tree import named_leaves, quoted, replace_leaves
 from bnp_optax.layers import Layers
 from bnp_optax.preconditioners import centering
@@ -18,6 +17,7 @@ from bnp_optax.preconditioners.centering import Entries
 from bnp_optax.preconditioners.layout import layers_of
 from bnp_optax.preconditioners.numbers import Numbers, check_length, floored, shrunk
 from bnp_optax.preconditioners.running import Running
+from bnp_optax.preconditioners.together import in_one_axis, together
 
 # The units of the data, which the layers' gains make up for, are not those of other parameters.
 _MAX_GAIN = 10.0
@@ -81,11 +81,6 @@ class Scaling(NamedTuple):
     def number(self, name: str) -> Float[Array, ""]:
         """One of `Numbers`."""
         return Numbers.at(self.numbers, name)
-
-    @property
-    def held(self) -> Bool[Array, ""]:
-        """Whether the statistics are `fixed`."""
-        return jnp.isinf(self.number("entered"))
 
     @property
     def gain(self) -> Float[Array, ""]:
@@ -166,11 +161,12 @@ class BNPOperator(Operator):
         scale_bias: bool = False,
         scale_others: bool = False,
     ) -> None:
-        self._scalings = scalings(state)
-        self._entries = {n: _entries(of, scale_bias) for n, of in self._scalings.items()}
+        self._entries = _entries_of(state)
         self._layers = layers
         self._scale_bias = scale_bias
-        self._gain = _mean_gain(self._scalings.values()) if scale_others else None
+        self._groups = named_leaves(state.inputs)
+        self._numbers = named_leaves(state.numbers)
+        self._gain = _mean_gain(state, self._entries) if scale_others else None
 
     def mv(self, z: Any) -> Any:
         """P z."""
@@ -191,19 +187,18 @@ class BNPOperator(Operator):
     def _by_layer(self, function: Callable[..., tuple[Array, Any]], tree: Any) -> Any:
         leaves, new = named_leaves(tree), {}
         for name, layer in layers_of(tree, self._layers).items():
-            scaling = self._scaling_of(name, leaves[name])
+            entries = self._entries_at(name, leaves[name])
             dtype = jnp.promote_types(leaves[name].dtype, jnp.float32)
             w = leaves[name].astype(dtype)
-            entries = self._entries[name]
-            s = fitted(entries.s, w)
-            if layer.bias is None or entries.mu is None:
-                w, _ = function(w, None, Entries(None, s, entries.s_b))
+            entries = entries._replace(s=fitted(entries.s, w))
+            if layer.bias is None or entries.shift is None:
+                w, _ = function(w, None, entries._replace(shift=None))
             else:
                 bias = leaves[layer.bias]
                 aligned = fitted(layer.align_bias(bias.astype(dtype)), w)
-                entries = entries._replace(mu=fitted(entries.mu, w), s=s)
-                if self._scale_bias and scaling.inputs is not None:
-                    beta = _beta_of_groups(scaling, layer.fan_in, entries.mu, w, aligned)
+                entries = entries._replace(shift=fitted(entries.shift, w))
+                if self._scale_bias and name in self._groups:
+                    beta = _beta_of_groups(entries, self._numbers[name], layer.fan_in, w, aligned)
                     entries = entries._replace(s_b=entries.s_b * beta)
                 w, b = function(w, aligned, entries)
                 restored = layer.restore_bias(b, bias.shape).astype(bias.dtype)
@@ -213,16 +208,16 @@ class BNPOperator(Operator):
             new |= _others(function, self._gain, {n: x for n, x in leaves.items() if n not in new})
         return replace_leaves(tree, new)
 
-    def _scaling_of(self, name: str, kernel: Array) -> Scaling:
-        scaling = self._scalings.get(name)
-        if scaling is None:
-            has = f"has no running statistics of `{name}`, but of {quoted(self._scalings)}"
+    def _entries_at(self, name: str, kernel: Array) -> Entries:
+        entries = self._entries.get(name)
+        if entries is None:
+            has = f"has no running statistics of `{name}`, but of {quoted(self._entries)}"
         else:
-            shape = scaling.diagonal.shape
+            shape = entries.s.shape
             if len(shape) == kernel.ndim and all(
                 a in (1, b) for a, b in zip(shape, kernel.shape, strict=True)
             ):
-                return scaling
+                return entries
             has = f"has running statistics of shape {shape} for `{name}` of shape {kernel.shape}"
         msg = (
             f"The state of `bnp` {has}: it was made for other parameters. Call `init` on these "
@@ -231,33 +226,56 @@ class BNPOperator(Operator):
         raise ValueError(msg)
 
 
-@functools.partial(jax.jit, static_argnames="scale_bias")
-def _entries(scaling: Scaling, scale_bias: bool) -> Entries:
-    """P of one layer; without beta where that is of groups or stacked layers."""
-    inv_q = s_b = scaling.number("inv_q")
-    square = None
-    if scaling.inputs is None:
-        square = inv_q**2 * scaling.number("shift")
-        s_b = inv_q * scaling.number("beta") if scale_bias else inv_q
-    return Entries(scaling.mean, scaling.diagonal * inv_q, s_b, square)
+def _entries_of(state: BNPState) -> dict[str, Entries]:
+    """P of all layers; without beta where that is of groups or stacked layers."""
+    moments, numbers, groups = map(named_leaves, state[:-1])
+    arguments = {}
+    for name, of_layer in moments.items():
+        check_length(numbers[name])
+        alone = of_layer if name in groups else in_one_axis(of_layer, of_layer)
+        arguments[name] = (Running(alone, numbers[name]), groups.get(name))
+
+    def entries(kind: None, running: Running, inputs: Array | None) -> Array:
+        del kind
+        scaling = _scaling(running, inputs, state.eps)
+        s = scaling.diagonal * scaling.number("inv_q")
+        rows = jnp.stack([s] if scaling.mean is None else [s, scaling.mean * s])
+        # Of a vector's parts, put in a kernel's shape, XLA makes no copies.
+        return rows.ravel() if spec_of(rows) is None else rows
+
+    result = {}
+    for name, row in together(entries, arguments, dict.fromkeys(arguments)).items():
+        n_rows, *shape = moments[name].shape
+        parts = [*row] if row.ndim > 1 else jnp.split(row, n_rows)
+        s, shift = [part.reshape(shape) for part in parts] + [None] * (2 - n_rows)
+        key_b, key_gram = ("inv_q", None) if name in groups else ("bias", "gram_bias")
+        gram_b = None if key_gram is None else Numbers.at(numbers[name], key_gram)
+        result[name] = Entries(s, shift, Numbers.at(numbers[name], key_b), gram_b)
+    return result
 
 
-def _mean_gain(scalings: Collection[Scaling]) -> Array | None:
+def _mean_gain(state: BNPState, entries: Mapping[str, Entries]) -> Array | None:
     """The geometric mean of the layers' gains, but of held ones, whose inputs have any units."""
-    if not scalings:
+    numbers, groups = named_leaves(state.numbers), named_leaves(state.inputs)
+    if not numbers:
         return None
-    moves = jnp.stack([~scaling.held for scaling in scalings])
-    logs = jnp.log(jnp.stack([scaling.gain for scaling in scalings]))
-    mean = jnp.sum(jnp.where(moves, logs, 0.0)) / jnp.maximum(jnp.sum(moves), 1)
+    of = Numbers(*jnp.stack(list(numbers.values()), axis=-1))
+    gains = of.inv_q * jnp.sqrt(of.square_gain)
+    for place, name in enumerate(numbers):
+        if name in groups:
+            gains = gains.at[place].set(jnp.sqrt(jnp.mean(entries[name].s ** 2)))
+    moves = ~jnp.isinf(of.entered)
+    mean = jnp.sum(jnp.where(moves, jnp.log(gains), 0.0)) / jnp.maximum(jnp.sum(moves), 1)
     return jnp.clip(jnp.exp(mean), 1.0 / _MAX_GAIN, _MAX_GAIN)
 
 
 def _beta_of_groups(
-    scaling: Scaling, fan_in: int, mean: Array, w: Array, bias: Array
+    entries: Entries, numbers: Array, fan_in: int, w: Array, bias: Array
 ) -> Float[Array, "..."]:
     """D's entry of the bias, of which `numbers` has that of all groups together."""
-    square = centering.squared_length(mean, w, bias) / fan_in
-    return jnp.where(scaling.held, 1.0, jnp.sqrt(1.0 + square))
+    assert entries.shift is not None
+    square = centering.squared_length(entries.shift / entries.s, w, bias) / fan_in
+    return jnp.where(jnp.isinf(Numbers.at(numbers, "entered")), 1.0, jnp.sqrt(1.0 + square))
 
 
 def _others(
@@ -269,6 +287,6 @@ def _others(
         dtype = jnp.result_type(leaf)
         if jnp.issubdtype(dtype, jnp.floating):
             w = jnp.asarray(leaf, jnp.promote_types(dtype, jnp.float32))
-            w, _ = function(w, None, Entries(None, gain, gain))
+            w, _ = function(w, None, Entries(gain, None, gain))
             new[name] = w.astype(dtype)
     return new

@@ -33,8 +33,8 @@ class Numbers(NamedTuple):
       inv_sample: c, where 1 / c examples are what the running statistics are worth.
       weight: w.
       floor: f.
-      beta: D's entry of the bias, 1 without `scale_bias`.
-      shift: Mean over the inputs of (w mu / sigma~)^2, how far P moves the bias per input.
+      bias: P's entry of the bias, beta / q, or 1 / q without `scale_bias`.
+      gram_bias: P P^T's, that squared and the sum over the inputs of (w mu / (sigma~ q))^2.
       square_gain: Mean over the inputs of 1 / sigma~^2, by which P scales the kernel.
     """
 
@@ -46,8 +46,8 @@ class Numbers(NamedTuple):
     inv_sample: Any
     weight: Any
     floor: Any
-    beta: Any
-    shift: Any
+    bias: Any
+    gram_bias: Any
     square_gain: Any
 
     @classmethod
@@ -94,7 +94,7 @@ def vector(*numbers: ArrayLike) -> Float[Array, "_"]:
 
 
 # Of a layer without statistics, mean 0 and variance 1, which count as one example.
-START = Numbers(1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0)
+START = Numbers(1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0)
 
 
 def floored(mean: Array | None, var: Array, weight: Scalar, floor: Any) -> Array:

@@ -92,6 +92,7 @@ class Rule(NamedTuple):
 
     Attributes:
       q: What N divides, and positions, in q^2 = max(fan_in / N, sqrt(positions)); None for q = 1.
+      fan_in: Inputs of a unit.
       positions: Output positions that share the kernel.
       variance: As in `bnp`.
       warm_start: As in `bnp`.
@@ -101,6 +102,7 @@ class Rule(NamedTuple):
     """
 
     q: tuple[float, float] | None
+    fan_in: int
     positions: int
     variance: Variance
     warm_start: bool
@@ -151,7 +153,8 @@ def moved(old: Running, batch: Batch, options: Options, rule: Rule) -> Running:
         # Of N p rows that share a batch, those of one example are alike: as sqrt(p) examples.
         of_batch = 1.0 / (size * math.sqrt(rule.positions))
         sample = weights.old**2 * numbers.inv_sample + weights.new**2 * of_batch
-        new = _with_floor(new._replace(inv_sample=sample), mean, var, options, rule)
+        new = new._replace(inv_sample=sample)
+    new = _of_operator(new, mean, var, options, rule)
 
     def entered(new: Array, old: Array) -> Array:
         return jnp.where(accept, new, old).astype(old.dtype)
@@ -163,28 +166,33 @@ def moved(old: Running, batch: Batch, options: Options, rule: Rule) -> Running:
     )
 
 
-def _with_floor(
+def _of_operator(
     numbers: Numbers, mean: Array | None, var: Array, options: Options, rule: Rule
 ) -> Numbers:
     """The numbers that P takes of the layer."""
-    weight, mean_square, average = jnp.ones(()), jnp.zeros(()), None
-    if rule.shrinks:
+    weight, mean_square, floor = jnp.ones(()), jnp.zeros(()), jnp.zeros(())
+    if rule.shrinks and not rule.held:
         weight = 1.0 / (1.0 + options.shrinkage * numbers.inv_sample)
         spread = shrunk(mean, var, weight)
         square = jnp.zeros_like(var) if mean is None else (weight * mean) ** 2
         average, mean_square = _means(spread, square)
-    elif mean is not None and rule.scale_bias:
-        mean_square = jnp.mean(mean**2)
-    if average is None:
-        floor = options.eps_rel * numbers.largest_var + options.eps_abs
-    else:
         floor = (1.0 - weight + options.eps_rel) * average + options.eps_abs
-    beta = jnp.sqrt(1.0 + mean_square) if rule.scale_bias else jnp.ones(())
+    elif not rule.held:
+        floor = options.eps_rel * numbers.largest_var + options.eps_abs
+        if mean is not None and rule.scale_bias:
+            mean_square = jnp.mean(mean**2)
+    bias = numbers.inv_q
+    if rule.scale_bias:
+        bias = bias * jnp.sqrt(1.0 + mean_square)
     gains = 1.0 / floored(mean, var, weight, floor)
     shifts = jnp.zeros_like(var) if mean is None else (weight * mean) ** 2 * gains
     shift, square_gain = _means(shifts, gains)
     return numbers._replace(
-        weight=weight, floor=floor, beta=beta, shift=shift, square_gain=square_gain
+        weight=weight,
+        floor=floor,
+        bias=bias,
+        gram_bias=bias**2 + rule.fan_in * numbers.inv_q**2 * shift,
+        square_gain=square_gain,
     )
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from bnp_optax._explicit import fitted
+from bnp_optax._explicit import fitted, spec_of
 
 # Entries of a row of which a copy costs less than computing it anew may.
 _SHORT = 2**15
@@ -53,6 +53,13 @@ def together(
             found = _at_once(of_kind, [arguments[name] for name in names])
             result |= dict(zip(names, found, strict=True))
     return {name: result[name] for name in arguments}
+
+
+def in_one_axis(x: Array, like: Array) -> Array:
+    """Moments as matrices, or in a mesh of explicit axes without those where `like` has size 1."""
+    if spec_of(like) is None:
+        return jnp.broadcast_to(x, (len(x), *like.shape[1:])).reshape(len(x), -1)
+    return jnp.squeeze(x, tuple(axis for axis, size in enumerate(like.shape) if size == 1))
 
 
 def _at_once(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
@@ -115,7 +122,8 @@ def _row(flat: Array, places: Array, is_first: Array, nothing: Array) -> Array:
     numbers = lax.GatherDimensionNumbers(tuple(range(1, flat.ndim)), (0,), (0,))
     sizes, mode = (1, *flat.shape[1:]), lax.GatherScatterMode.PROMISE_IN_BOUNDS
     # One kernel with the gather, which a slice is not.
-    return _first_of(lax.gather(flat, places, numbers, sizes, mode=mode), is_first, nothing)
+    two = lax.gather(flat, places, numbers, sizes, mode=mode)
+    return _first_of(two, is_first, nothing)
 
 
 def _computed(stacked: Array) -> Array:

@@ -220,7 +220,7 @@ class _OfLayer(NamedTuple):
             return w, b
         mean = fitted(spread(self.root.mean, self.layer).astype(w.dtype), w)
         one = jnp.ones((1,) * w.ndim, w.dtype)
-        return function(w, b, centering.Entries(mean, one, jnp.ones((), w.dtype)))
+        return function(w, b, centering.Entries(one, mean, jnp.ones((), w.dtype)))
 
     def powered(self, w: Array, power: float) -> Array:
         """S^-power along the input axes of a kernel, in every block."""
