@@ -119,7 +119,7 @@ def value_and_grad(
       sample_rows: Take the statistics from this many rows of the batch (examples, positions of a
         sequence, pixels), spread evenly and always the same; None for all. `count` stays that
         of the whole batch. A number of at least that of the devices is rounded up to as many from
-        each.
+        each. All where the number of rows is not known, as in `jax.export`.
       embeddings: Whether to cover tables that rows are looked up in, as layers without a bias of
         one-hot inputs, whose mean is the row's frequency.
       weights: A function of the loss's arguments, `weights(*args, **kwargs)`, that returns weights
@@ -134,6 +134,7 @@ def value_and_grad(
       second_moment_rows: From how many rows at most, of all calls of a layer together, E[h h^T] is
         taken, spread evenly over the rows (of those whose weight is positive) and always the same.
         On as many devices as share one `shard_map`, at most so many of each enter the sample.
+        All where their number is not known, as in `jax.export`.
       second_moment_fan_in: The largest fan-in whose E[h h^T] is returned as a matrix. Of a wider
         layer it is a sketch of 32 rows, which is what `whiten` needs and costs less; see
         `LayerStats`.

@@ -330,7 +330,7 @@ def _n_rows(kernel: Kernel, use: Use, limit: int) -> int:
     counts = [(of.count, of.product.count) for of in kernel.uses]
     if not all(isinstance(count, int) for pair in counts for count in pair):
         return max(limit // len(kernel.uses), 1)  # A number may be symbolic, as in `jax.export`.
-    n_calls = sum(count // of_one for count, of_one in counts)
+    n_calls = sum(count // max(of_one, 1) for count, of_one in counts)
     return max(limit // max(n_calls, 1), 1)
 
 

@@ -6,15 +6,17 @@ equation. Then a kernel meets more than its layer's inputs. For y = x @ W and h 
     forward mode   dy = dx @ W,   dh = (1 - h^2) dy        meets dx, along the same axis as x,
     reverse mode   gy = (1 - h^2) gh,   gx = gy @ W.T      meets gy, along the other axis.
 
-What the kernel's statistics are of is x. It is told from the others by what follows: y enters a
-nonlinear function, or a bias is added to it, or a framework has named x, while dy is only ever
-multiplied by what is known, until the next kernel. A product with what comes linearly from such a
-dy is one of a derivative, too. Transposed equations say of themselves that they are.
+What the kernel's statistics are of is x. JAX says of equations that it differentiated them, and of
+others that it transposed them: a kernel that meets two inputs in a loss without derivatives has two
+calls. Among the differentiated ones x is told from dx by what follows: y enters a nonlinear
+function, or a bias is added to it, or a framework has named x, while dy is only ever multiplied by
+what is known, until the next kernel. A product with what comes linearly from such a dy is one of a
+derivative, too.
 """
 
 import collections
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.extend.core import Literal
 from jax.extend.core import primitives as prims
@@ -91,7 +93,8 @@ def _derived(kernels: Sequence[Sequence[Use]], flow: "_Flow") -> set[Product]:
             sorted_groups.add(id(group))
             known = [use for use in group if use.rows not in derived]
             own = [use for use in known if is_own(use)]
-            rest = [use for use in known if not is_own(use)] if own else []
+            rest = [use for use in known if not is_own(use) and use.rows in flow.differentiated]
+            rest = rest if own else []
             if own and not own[0].marked and not any(use.live for use in own):
                 rest = [use for use in rest if use.constant or not is_bent(use)]
             derived.update(use.rows for use in rest)
@@ -112,17 +115,19 @@ class _Flow:
       bent: The products whose results enter a nonlinear function before the next product.
       sources: For each product, those that its inputs are linear in.
       transposed: The products that JAX transposed.
+      differentiated: Those, and the products that it differentiated or made in doing so.
     """
 
     def __init__(self, trace: Trace) -> None:
         self.bent: set[Product] = set()
         self.sources: dict[Product, Products] = {}
         self.transposed: set[Product] = set()
+        self.differentiated: set[Product] = set()
         none = [_NONE] * len(trace.jaxpr.invars)
-        self._walk(trace.jaxpr, trace, none, False)
+        self._walk(trace.jaxpr, trace, none, _How(False, False))
 
     def _walk(
-        self, jaxpr: Any, trace: Trace | None, inputs: Sequence[Products], transposed: bool
+        self, jaxpr: Any, trace: Trace | None, inputs: Sequence[Products], called: "_How"
     ) -> list[Products]:
         """For each output of a jaxpr, the products that it is linear in."""
         env = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -141,28 +146,27 @@ class _Flow:
             if _is_zero(eqn, zeros):
                 zeros.update(eqn.outvars)
                 continue
-            names = str(eqn.source_info.name_stack)
-            # What `checkpoint` computes once more is as it was.
-            again = "rematted_computation" in names
-            backwards = "transpose(" in names or (transposed and not again)
+            how = called.inside(eqn)
             if index in products:
                 found = frozenset(use.rows for use in products[index])
                 for use in products[index]:
                     known = self.sources.get(use.rows, _NONE)
                     self.sources[use.rows] = known | read(use.product.inputs)
-                if backwards:
+                if how.transposed:
                     self.transposed |= found
+                if how.differentiated or _is_taylor(eqn):
+                    self.differentiated |= found
                 results = [found] * len(eqn.outvars)
             elif any(operands) or (trace is not None and index in trace.calls):
                 inner = trace.calls.get(index, []) if trace is not None else []
-                results = self._equation(eqn, inner, operands, backwards)
+                results = self._equation(eqn, inner, operands, how)
             else:
                 continue
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def _equation(
-        self, eqn: Any, inner: Sequence[Trace], operands: list[Products], backwards: bool
+        self, eqn: Any, inner: Sequence[Trace], operands: list[Products], how: "_How"
     ) -> list[Products]:
         name = eqn.primitive.name
         every = _NONE.union(*operands)
@@ -171,7 +175,7 @@ class _Flow:
             if jaxpr is not None:
                 first = 1 if eqn.primitive is prims.cond_p else 0
                 found = [
-                    self._walk(trace.jaxpr if trace else jaxpr, trace, operands[first:], backwards)
+                    self._walk(trace.jaxpr if trace else jaxpr, trace, operands[first:], how)
                     for trace in (inner or [None])
                 ]
                 return [_NONE.union(*parts) for parts in zip(*found, strict=True)]
@@ -182,6 +186,33 @@ class _Flow:
             self.bent |= every
             return [_NONE] * len(eqn.outvars)
         return [every] * len(eqn.outvars)
+
+
+class _How(NamedTuple):
+    """How JAX made an equation, as the name stacks of it and of the calls around it tell.
+
+    Attributes:
+      transposed: Whether by transposing another.
+      differentiated: Whether by that, or by differentiating one in either mode.
+    """
+
+    transposed: bool
+    differentiated: bool
+
+    def inside(self, eqn: Any) -> "_How":
+        """How JAX made an equation of a function that was made so."""
+        names = str(eqn.source_info.name_stack)
+        # What `checkpoint` computes once more is as it was.
+        again = "rematted_computation" in names
+        transposed = "transpose(" in names or (self.transposed and not again)
+        return _How(transposed, self.differentiated or transposed or "jvp(" in names)
+
+
+def _is_taylor(eqn: Any) -> bool:
+    """Whether an equation comes from `jax.experimental.jet`, which leaves no name."""
+    traceback = eqn.source_info.traceback
+    files = () if traceback is None else (frame.file_name for frame in traceback.frames)
+    return any(file.replace("\\", "/").endswith("jax/experimental/jet.py") for file in files)
 
 
 def _is_zero(eqn: Any, zeros: set[Any]) -> bool:

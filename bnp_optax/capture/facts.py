@@ -15,6 +15,13 @@ from bnp_optax.capture.moments import Options
 from bnp_optax.capture.uses import Passed, Result, Trace
 from bnp_optax.capture.views import View
 
+# Operations on real numbers by which constants, such as scales, are computed in a loss.
+_ARITHMETIC = {
+    *("add", "sub", "mul", "div", "neg", "abs", "sign", "max", "min", "square", "sqrt", "rsqrt"),
+    *("cbrt", "pow", "integer_pow", "exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic"),
+    *("sin", "cos", "floor", "ceil", "round"),
+}
+
 
 class Input(NamedTuple):
     """What is known of an input of a jaxpr.
@@ -88,6 +95,8 @@ class Facts:
         self.dependent: set[Any] = set()
         self.data: set[Any] = set(jaxpr.constvars)
         self.definitions: dict[Any, Any] = {}
+        self.constants: dict[Any, float | None] = {}
+        self.mixed: dict[Any, dict[int, None]] = {}  # Parameters that are in what is no view.
         self.varying = {var: known.varying for var, known in zip(jaxpr.invars, inputs, strict=True)}
         self.is_live = True  # Whether a derivative reaches the equation at hand.
         for root, (var, known) in enumerate(zip(jaxpr.invars, inputs, strict=True)):
@@ -101,8 +110,8 @@ class Facts:
                 self.marks[var] = Mark(var, known.mark)
             if known.result is not None:
                 passed = self.trace.passed[root] = Passed(root, known.result)
-                axes = tuple(frozenset({axis}) for axis in range(len(var.aval.shape)))
-                self.results[var] = Result(((passed, axes),))
+                whole = views.root_view(root, tuple(var.aval.shape)).pieces[0]
+                self.results[var] = Result(((passed, whole),))
 
     def varies(self, atom: Any) -> frozenset[str]:
         """The mesh axes along which devices hold different values of `atom`."""
@@ -122,6 +131,10 @@ class Facts:
     def result(self, atom: Any) -> Result | None:
         """The result of products that `atom` is, or None."""
         return None if isinstance(atom, Literal) else self.results.get(atom)
+
+    def mixed_in(self, atom: Any) -> dict[int, None]:
+        """The parameters that are in `atom` beside data."""
+        return {} if isinstance(atom, Literal) else self.mixed.get(atom, {})
 
     def is_dependent(self, atom: Any) -> bool:
         """Whether `atom` depends on parameters."""
@@ -169,8 +182,16 @@ class Facts:
             return None
         if eqn.primitive in (prims.broadcast_in_dim_p, prims.convert_element_type_p):
             return self.constant(eqn.invars[0])
+        if atom.aval.shape or eqn.primitive.name not in _ARITHMETIC:
+            return None
+        if atom not in self.constants:
+            self.constants[atom] = self._computed(eqn)
+        return self.constants[atom]
+
+    def _computed(self, eqn: Any) -> float | None:
+        """The number that an equation of real numbers gives."""
         values = [self.constant(operand) for operand in eqn.invars]
-        if atom.aval.shape or not values or None in values or jaxprs.is_call(eqn):
+        if None in values or any(operand.aval.shape for operand in eqn.invars):
             return None
         with jax.ensure_compile_time_eval():
             operands = [

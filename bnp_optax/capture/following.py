@@ -12,7 +12,14 @@ from bnp_optax.capture.facts import Facts, Mark
 from bnp_optax.capture.jaxprs import is_identity
 from bnp_optax.capture.rearrangements import joined, parts, rearranged
 from bnp_optax.capture.uses import Result, add_bias
-from bnp_optax.capture.views import Piece, View
+from bnp_optax.capture.views import View
+
+# Operations after which an array still has a parameter's entries in it, one way or another.
+_MIXING = {
+    *("add", "add_any", "sub", "neg", "mul", "div", "select_n", "concatenate", "pad", "tile"),
+    *("convert_element_type", "reshape", "transpose", "broadcast_in_dim", "slice", "squeeze"),
+    "dynamic_update_slice",
+}
 
 
 class Following(Facts):
@@ -28,6 +35,27 @@ class Following(Facts):
             self.follow_result(eqn)
         else:
             self.follow_mark(eqn)
+        self.mix(eqn)
+
+    def mix(self, eqn: Any) -> None:
+        """Remember which matrices an array holds beside data: a frozen kernel's change, say."""
+        out = eqn.outvars[0]
+        if eqn.primitive.name not in _MIXING or out in self.views or out in self.results:
+            return
+        roots: dict[int, None] = {}
+        for atom in eqn.invars:
+            view = self.view(atom)
+            if view is not None and sum(size > 1 for size in view.shape) >= 2:
+                roots |= dict.fromkeys(piece.root for piece in view.pieces)
+            else:
+                roots |= self.mixed_in(atom)
+        if roots:
+            self.mixed[out] = roots
+
+    def note_mixed(self, atom: Any, eqn: Any) -> None:
+        """Remember a product that took an array with parameters in it, as it would a kernel."""
+        for root in self.mixed_in(atom) if self.is_live else ():
+            self.trace.consumers.setdefault(root, {})[f"{eqn.primitive.name} after that"] = None
 
     def carry_over(self, eqn: Any) -> None:
         """Identities, and sums over devices, which a view does not survive."""
@@ -52,6 +80,8 @@ class Following(Facts):
                 self.views.update(zip(eqn.outvars, taken_apart, strict=True))
                 return
             new = rearranged(first, eqn, self.definitions)
+            if new is not None and any(map(self.is_data, eqn.invars[1:])):
+                new = dataclasses.replace(new, data=True)  # Of entries that data choose.
         if new is None and len(taken) == 1:
             new = self.scaled(taken[0], eqn)
         if new is not None:
@@ -126,12 +156,12 @@ class Following(Facts):
             return
         # A result has the axes of a view of the kernel: what rearranges one rearranges the other.
         entries = []
-        for use, axes in result.entries:
-            old = View(tuple(first.aval.shape), (Piece(use.root, axes),))
+        for use, kernel in result.entries:
+            old = View(tuple(first.aval.shape), (kernel,))
             new = rearranged(old, eqn, self.definitions)
             if new is None or new.shape != shape:
                 return
-            entries.append((use, new.pieces[0].axes if new.pieces else axes))
+            entries.append((use, new.pieces[0] if new.pieces else kernel))
         self.results[out] = Result(tuple(entries), result.scale)
 
     def follow_trusted(self, eqn: Any) -> None:

@@ -105,7 +105,8 @@ class Liveness:
             eqn = jaxpr.eqns[index]
             live = [self(var) for var in eqn.outvars]
             reached = self._equation(index, eqn, live)
-            if any(live):
+            # What is written to a mutable array may be read later on.
+            if any(live) or any(_is_mutable(atom) and self(atom) for atom in eqn.invars):
                 self._mark(eqn.invars, reached)
 
     def __call__(self, atom: Any) -> bool:
@@ -163,6 +164,11 @@ class Liveness:
 
 def _is_integer(atom: Any) -> bool:
     return not jnp.issubdtype(getattr(atom.aval, "dtype", jnp.int32), jnp.inexact)
+
+
+def _is_mutable(atom: Any) -> bool:
+    """Whether a variable is an array of `jax.new_ref`."""
+    return hasattr(atom.aval, "inner_aval")
 
 
 class Numbers:

@@ -145,7 +145,7 @@ def _moments(x: jax.Array, axes: Axes, weights: Weights, sample_rows: int | None
     """
 
     def of_rows(rows: jax.Array, axes: Axes, shares: Weights) -> Stats:
-        rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+        rows = rows.astype(wide(rows.dtype))
         if any(rows.shape[axis] == 0 for axis in axes):
             zeros = jnp.zeros([n for axis, n in enumerate(rows.shape) if axis not in axes])
             return zeros, zeros, zeros
@@ -181,7 +181,7 @@ def _patch_moments(
     inside = jnp.asarray((met / n_outputs)[..., None], jnp.float32)
 
     def of_rows(x: jax.Array, _: Axes, shares: Weights) -> Stats:
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(wide(x.dtype))
         of_row = jnp.full(x.shape[0], 1.0 / max(x.shape[0], 1)) if shares is None else shares
         center = jnp.einsum("b,b...->...", of_row, jnp.mean(x, axis=tuple(range(1, x.ndim - 1))))
         y = x - center.reshape((1,) * (x.ndim - 1) + center.shape)
@@ -229,6 +229,8 @@ def _by_group(
     """
     sizes = tuple(x.shape[axis] for axis in axes)
     n_rows = math.prod(sizes)
+    if not isinstance(n_rows, int):
+        n_chosen = None  # As in `jax.export`, where it is not known how many there are.
     flat = None if weights is None else fitted(weights, sizes).ravel().astype(jnp.float32)
     groups = n_groups(x, axes, weights is None and n_chosen is None)
     if n_chosen is not None and n_chosen < groups:
@@ -250,6 +252,11 @@ def _by_group(
     flat = None if flat is None else flat.reshape(groups, -1)
     chosen = None if chosen is None else jnp.asarray(chosen)
     return jax.vmap(of_group, in_axes=(first, 0, 0))(x, flat, chosen)
+
+
+def wide(dtype: Any) -> Any:
+    """The type to compute in; promotion has no rule for eight bits and fewer."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def sample(n_rows: int, n_chosen: int) -> np.ndarray:
@@ -335,10 +342,11 @@ def _weighted_sum(shares: jax.Array, rows: jax.Array) -> jax.Array:
 
     Of fewer rows than where all count alike: in a group of rows it is a plain loop on the CPU.
     """
-    if isinstance(len(shares), int) and len(shares) <= _MANY_WEIGHTED_ROWS:
+    n_rows = shares.shape[0]
+    if not isinstance(n_rows, int) or n_rows <= _MANY_WEIGHTED_ROWS:
         return jnp.tensordot(shares, rows, 1, precision="highest")
-    parts = math.isqrt(len(shares) - 1) + 1
-    rest = parts**2 - len(shares)
+    parts = math.isqrt(n_rows - 1) + 1
+    rest = parts**2 - n_rows
     shares, rows = (
         jnp.pad(y, ((0, rest), *((0, 0),) * (y.ndim - 1))).reshape(parts, parts, *y.shape[1:])
         for y in (shares, rows)

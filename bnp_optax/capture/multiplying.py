@@ -1,5 +1,6 @@
 """Uses: the products of inputs with views of parameters."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,9 +23,13 @@ class Multiplying(Following):
         sides = [self.view(atom) for atom in eqn.invars[:2]]
         for side, view in enumerate(sides):
             if view is None:
+                if sides[1 - side] is None and eqn.outvars[0].aval.shape:
+                    self.note_mixed(eqn.invars[side], eqn)
                 continue
             other = sides[1 - side]
-            if other is not None and not other.data:
+            # A row that data choose, of an embedding, is an input; so may be a scaled parameter.
+            of_data = other is None or (other.data and not view.data)
+            if other is not None and not of_data and not _are_rows(eqn, 1 - side, other):
                 self.note(view, "dot_general with another parameter")
             else:
                 found = products.dot_general(eqn, side, view, self.options)
@@ -35,6 +40,8 @@ class Multiplying(Following):
         inputs, kernel = (self.view(atom) for atom in eqn.invars)
         if inputs is not None:
             self.note(inputs, "conv_general_dilated as its input")
+        if kernel is None:
+            self.note_mixed(eqn.invars[1], eqn)
         if kernel is not None and (inputs is None or inputs.data):
             self.multiply(index, eqn, kernel, products.conv(eqn, kernel, self.options))
         elif kernel is not None:
@@ -120,7 +127,8 @@ class Multiplying(Following):
             axes = tuple(
                 frozenset() if axis is None else piece.axes[axis] for axis in found.out_axes
             )
-            entries.append((use, axes))
+            # Of the result's axes the kernel's entries lie as they did in the kernel.
+            entries.append((use, dataclasses.replace(piece, axes=axes)))
         if entries:
             self.results[eqn.outvars[0]] = Result(tuple(entries))
 
@@ -142,6 +150,13 @@ class Multiplying(Following):
         while not isinstance(inputs, Literal) and is_cast(self.definitions.get(inputs)):
             inputs = self.definitions[inputs].invars[0]
         return inputs
+
+
+def _are_rows(eqn: Any, side: int, view: View) -> bool:
+    """Whether the operand `side`, a parameter, was copied along a batch, as a first state is."""
+    contract, batch = eqn.params["dimension_numbers"]
+    free = {*range(len(view.shape))} - {*contract[side], *batch[side]}
+    return any(not any(piece.axes[axis] for piece in view.pieces) for axis in free)
 
 
 def fits(named: Any, inputs: Any, product: Product) -> bool:

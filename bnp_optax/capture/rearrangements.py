@@ -34,8 +34,9 @@ def rearranged(view: View, eqn: Any, definitions: dict[Any, Any]) -> View | None
         return view if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact) else None
     if primitive is prims.transpose_p:
         return views.transpose(view, tuple(params["permutation"]))
-    if primitive is prims.reshape_p and params.get("dimensions") is None:
-        return views.reshape(view, shape)
+    if primitive is prims.reshape_p:
+        order = params.get("dimensions")  # As `vmap` puts it in before a convolution.
+        return views.reshape(view if order is None else views.transpose(view, tuple(order)), shape)
     if primitive is prims.broadcast_in_dim_p:
         return views.broadcast(view, shape, tuple(params["broadcast_dimensions"]))
     if primitive is prims.squeeze_p:

@@ -22,7 +22,7 @@ import numpy as np
 
 from bnp_optax import sketches
 from bnp_optax._explicit import replicated
-from bnp_optax.capture.moments import Weights, Window, fitted, sample
+from bnp_optax.capture.moments import Weights, Window, fitted, sample, wide
 from bnp_optax.statistics import Layer
 
 
@@ -61,7 +61,7 @@ class Rows:
         weight = count / jnp.where(total > 0.0, total, 1.0)
 
         def folded(x: jax.Array) -> jax.Array:
-            x = jnp.broadcast_to(x, (len(x), *_full(x.shape[1:], axes, shape)))
+            x = jnp.broadcast_to(x, (x.shape[0], *_full(x.shape[1:], axes, shape)))
             x = jnp.moveaxis(x, [1 + axis for axis in axes], range(1, 1 + len(axes)))
             n_rows = math.prod(x.shape[: 1 + len(axes)])
             x = x.reshape(n_rows, *x.shape[1 + len(axes) :])
@@ -82,7 +82,7 @@ def union(parts: list[Rows]) -> Rows:
 
     def joined(arrays: list[jax.Array]) -> jax.Array:
         layout = np.broadcast_shapes(*(x.shape[1:] for x in arrays))
-        return jnp.concatenate([jnp.broadcast_to(x, (len(x), *layout)) for x in arrays])
+        return jnp.concatenate([jnp.broadcast_to(x, (x.shape[0], *layout)) for x in arrays])
 
     safe = jnp.where(total > 0.0, total, 1.0)
     shares = [part.shares * (part.count / safe)[None] for part in parts]
@@ -121,10 +121,10 @@ def patches(
     sizes = (x.shape[0], *window.outputs)
     if weights is not None and weights.shape != sizes[: weights.ndim]:
         # Of positions of the input, say: a patch counts if its example has a row that does.
-        weights = jnp.max(weights.reshape(len(weights), -1), axis=1)
+        weights = jnp.max(weights.reshape(weights.shape[0], -1), axis=1)
     at, shares, share = _chosen(sizes, weights, n_rows)
     if at is None:
-        at = np.unravel_index(np.arange(math.prod(sizes)), sizes)
+        at = _places(sizes)
     n_axes = len(window.sizes)
     index, inside = [at[0].reshape(-1, *(1,) * n_axes)], jnp.ones((1,) * (n_axes + 1), bool)
     for axis in range(n_axes):
@@ -138,11 +138,24 @@ def patches(
         inside = inside & valid.reshape(shape)
     rows = replicated(x)[tuple(index)]
     rows = jnp.where(inside[..., None], rows, jnp.zeros((), rows.dtype))
-    rows = rows.reshape(*rows.shape[:-1], groups, -1).swapaxes(-1, -2)
+    rows = rows.reshape(*rows.shape[:-1], groups, rows.shape[-1] // groups).swapaxes(-1, -2)
     # Features come group by group.
     n_each = features // groups if groups > 1 else 1
     rows = jnp.broadcast_to(rows[..., None], (*rows.shape, n_each))
-    return _rows(rows.reshape(*rows.shape[:-2], -1), shares, count, share)
+    rows = rows.reshape(*rows.shape[:-2], rows.shape[-2] * n_each)
+    return _rows(rows, shares, count, share)
+
+
+def _places(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """For each axis of the given sizes, of which the first may be symbolic, every row's place."""
+    n_rows = math.prod(sizes)
+    if isinstance(n_rows, int):
+        return np.unravel_index(np.arange(n_rows), sizes)
+    places, rest = [], jnp.arange(n_rows)
+    for size in sizes[:0:-1]:
+        places.append(rest % size)
+        rest = rest // size
+    return rest, *reversed(places)
 
 
 def lookup(
@@ -160,12 +173,13 @@ def _rows(values: jax.Array, shares: Any, count: Any, share: Any) -> Rows:
     layout = (1,) * (values.ndim - 1)
     # What a row of no weight holds, which may be anything, must not reach a sum.
     if shares is None:
-        shares = jnp.full((len(values), *layout), 1.0 / max(len(values), 1), jnp.float32)
+        n_rows = values.shape[0]  # A number that may be symbolic, as `len` is not.
+        shares = jnp.full((n_rows, *layout), 1.0 / max(n_rows, 1), jnp.float32)
     else:
         shares = shares.reshape(-1, *layout)
         values = jnp.where(shares > 0.0, values, jnp.zeros((), values.dtype))
     count = jnp.asarray(count).astype(jnp.float32) * share
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    values = values.astype(wide(values.dtype))
     return Rows(values, shares, count.reshape(layout))
 
 
@@ -232,12 +246,12 @@ def second_moments(rows: Rows, layer: Layer, limits: Limits) -> dict[str, jax.Ar
 
     def arranged(x: jax.Array) -> jax.Array:
         full = [n if axis in apart else 1 for axis, n in enumerate(layer.kernel_shape)]
-        x = jnp.broadcast_to(x, (len(x), *full))
+        x = jnp.broadcast_to(x, (x.shape[0], *full))
         for axis, number in blocks:
             x = jax.lax.slice_in_dim(x, 0, None, full[axis] // number, axis=1 + axis)
         rest = [axis for axis in range(len(full)) if axis not in apart]
         order = [0, *(1 + axis for axis in (*(a for a, _ in blocks), *inputs, *rest))]
-        return jnp.transpose(x, order).reshape(len(x), *layer.block_shape, layer.fan_in)
+        return jnp.transpose(x, order).reshape(x.shape[0], *layer.block_shape, layer.fan_in)
 
     values, shares = arranged(rows.values), rows.shares
     # Mostly all inputs of a row have one share.
@@ -245,8 +259,9 @@ def second_moments(rows: Rows, layer: Layer, limits: Limits) -> dict[str, jax.Ar
         shares = shares.reshape(-1, *(1,) * (values.ndim - 1))
     else:
         shares = arranged(shares)
-    if isinstance(len(values), int) and len(values) > limits.rows:
-        chosen = sample(len(values), limits.rows)
+    n_rows = values.shape[0]
+    if isinstance(n_rows, int) and n_rows > limits.rows:
+        chosen = sample(n_rows, limits.rows)
         values, shares = values[chosen], shares[chosen]
         total = jnp.sum(shares, axis=0, keepdims=True)
         shares = shares / jnp.where(total > 0.0, total, 1.0)

@@ -31,6 +31,7 @@ from bnp_optax.capture.uses import (
     Trace,
     Use,
     add_biases_of_call,
+    alike,
     compose,
     inside,
     outside,
@@ -39,7 +40,7 @@ from bnp_optax.capture.uses import (
     paired,
     paired_cuts,
 )
-from bnp_optax.capture.views import View
+from bnp_optax.capture.views import Piece, View
 
 # How a framework names the inputs of a layer; the second where it vouches for the product. No
 # user's name is taken for one of these.
@@ -74,6 +75,7 @@ class _Tracer(Multiplying):
                     facts.update(eqn.outvars)
         found.out_views = [self.view(atom) for atom in found.jaxpr.outvars]
         found.out_results = [self.result(atom) for atom in found.jaxpr.outvars]
+        found.out_mixed = [self.mixed_in(atom) for atom in found.jaxpr.outvars]
         found.out_varying = [self.varies(atom) for atom in found.jaxpr.outvars]
         return found
 
@@ -100,10 +102,10 @@ class _Tracer(Multiplying):
             self.follow(eqn)
 
     def is_mark(self, eqn: Any) -> bool:
-        """Whether an equation names inputs; names of parameters and products are the user's."""
+        """Whether an equation names inputs; a parameter may be a layer's input, but is none."""
         if eqn.primitive.name != "name" or not eqn.params["name"].startswith(MARK):
             return False
-        return self.view(eqn.invars[0]) is None and self.result(eqn.invars[0]) is None
+        return self.view(eqn.invars[0]) is None
 
     def inputs(
         self,
@@ -199,7 +201,7 @@ class _Tracer(Multiplying):
                     other = other_view.pieces[position]
                     pairs = outside_pairs(bias.pairs, shown, inside(other, scanned))
                     leading = paired(other.axes[0], piece.axes[0]) if scanned else []
-                    pairs = pairs.union(leading, paired_cuts(other, piece))
+                    pairs = alike(pairs.union(leading, paired_cuts(other, piece)), other, piece)
                     biases.append(Bias(other.root, pairs, bias.scale * other_view.scale))
                 stacked = piece.axes[0] if scanned else frozenset()
                 varying = piece.varying | stacked | outside(inner.stats_axes, shown)
@@ -243,9 +245,14 @@ class _Tracer(Multiplying):
             add_biases_of_call(passed, of, operands)
         self.follow_mark(eqn)
         self.follow_trusted(eqn)
-        for out, view, result in zip(eqn.outvars, found.out_views, found.out_results, strict=True):
-            if view is not None and (outer := compose(view, operands)) is not None:
-                self.views[out] = outer
+        outs = zip(eqn.outvars, found.out_views, found.out_results, found.out_mixed, strict=True)
+        for out, view, result, mixed in outs:
+            if view is not None:
+                self.views[out] = compose(view, operands) or self.lost(out, [view], operands, eqn)
+            elif mixed:
+                views = (operands[root] for root in mixed)
+                roots = (piece.root for view in views if view is not None for piece in view.pieces)
+                self.mixed[out] = dict.fromkeys(roots)
             if result is not None:
                 outer_result = outside_result(result, adopted, given)
                 if outer_result is not None:
@@ -292,14 +299,41 @@ class _Tracer(Multiplying):
                 inputs[position] = inputs[position]._replace(depends=True, data=True)
             found = self.enter(index, closed, inputs)
             self.adopt(index, found, operands, 0, n_fixed, eqn.params["length"])
+            for out, view in zip(eqn.outvars[n_carry:], found.out_views[n_carry:], strict=True):
+                if view is not None:
+                    self.views[out] = self.lost(out, [view], operands, eqn)
 
     def cond(self, index: int, eqn: Any) -> None:
         atoms = eqn.invars[1:]
         operands = [self.view(atom) for atom in atoms]
         if any(operands):
+            out_views = []
             for branch, closed in enumerate(eqn.params["branches"]):
                 found = self.enter(index, closed, self.inputs(eqn, atoms, operands, branch), branch)
                 self.adopt(index, found, operands, branch)
+                out_views.append(found.out_views)
+            for out, *views in zip(eqn.outvars, *out_views, strict=True):
+                if any(views):
+                    self.views[out] = self.lost(out, views, operands, eqn)
+
+    def lost(
+        self,
+        out: Any,
+        views: Sequence[View | None],
+        operands: Sequence[View | None],
+        eqn: Any,
+    ) -> View:
+        """What a called function returns of parameters, where it cannot be told how they lie."""
+        roots = {
+            piece.root: None
+            for view in filter(None, views)
+            for inner in view.pieces
+            if (outer := operands[inner.root]) is not None
+            for piece in outer.pieces
+        }
+        nowhere = (frozenset(),) * len(out.aval.shape)
+        pieces = tuple(Piece(root, nowhere) for root in roots)
+        return View(tuple(out.aval.shape), pieces, eqn.primitive.name, data=True)
 
     def shard_map(self, index: int, eqn: Any) -> None:
         operands = [self.view(atom) for atom in eqn.invars]

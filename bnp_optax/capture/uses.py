@@ -7,11 +7,13 @@ one, and the equation is a call.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from bnp_optax.capture.products import Product
-from bnp_optax.capture.views import Axes, Piece, View
+from bnp_optax.capture.views import Piece, View
+
+Pairs = frozenset[tuple[int, int]]
 
 
 class Bias(NamedTuple):
@@ -24,7 +26,7 @@ class Bias(NamedTuple):
     """
 
     root: int
-    pairs: frozenset[tuple[int, int]]
+    pairs: Pairs
     scale: float
 
 
@@ -100,11 +102,11 @@ class Result(NamedTuple):
     """A result of products.
 
     Attributes:
-      entries: The uses, each with the kernel's axes along the axes of the result.
+      entries: The uses, each with its kernel as the result shows it.
       scale: What the products have been multiplied by since.
     """
 
-    entries: "tuple[tuple[Use | Passed, Axes], ...]"
+    entries: "tuple[tuple[Use | Passed, Piece], ...]"
     scale: float = 1.0
 
 
@@ -139,6 +141,7 @@ class Trace:
       passed: For an input that is a result of products, that.
       out_views: The outputs that are views of inputs.
       out_results: The outputs that are results of products.
+      out_mixed: For each output that is no view, the inputs that are in it beside data.
       out_varying: For each output, the mesh axes along which it varies over devices.
     """
 
@@ -151,6 +154,7 @@ class Trace:
     passed: dict[int, Passed] = dataclasses.field(default_factory=dict)
     out_views: list[View | None] = dataclasses.field(default_factory=list)
     out_results: list[Result | None] = dataclasses.field(default_factory=list)
+    out_mixed: list[dict[int, None]] = dataclasses.field(default_factory=list)
     out_varying: list[frozenset[str]] = dataclasses.field(default_factory=list)
 
 
@@ -158,16 +162,15 @@ def add_bias(result: Result, bias: View) -> None:
     """Note that a view is added to the result of a product."""
     if bias.altered or not _fit(bias, result):
         return
-    for (use, axes), piece in _matched(result, bias):
-        pairs: set[tuple[int, int]] = set()
-        # A scalar is added without axes of its own.
-        along = zip(piece.axes, axes if piece.axes else (), strict=True)
-        for theirs, run in itertools.groupby(along, key=lambda pair: pair[1]):
-            # Merged axes of the kernel, taken apart again, run along several of the result's.
-            ours = frozenset().union(*(axis for axis, _ in run))
-            pairs.update(paired(ours, theirs))
-        pairs |= paired_cuts(piece, use.piece)
-        use.biases.append(Bias(piece.root, frozenset(pairs), bias.scale / result.scale))
+    for (use, kernel), piece in _matched(result, bias):
+        # Merged axes of the kernel, taken apart again, run along several of the result's. A scalar
+        # is added without axes of its own.
+        along: dict[frozenset[int], frozenset[int]] = {}
+        for ours, theirs in zip(piece.axes, kernel.axes if piece.axes else (), strict=True):
+            along[theirs] = along.get(theirs, frozenset()) | ours
+        pairs = {pair for theirs, ours in along.items() for pair in paired(ours, theirs)}
+        pairs = alike(pairs | paired_cuts(piece, use.piece), piece, kernel)
+        use.biases.append(Bias(piece.root, pairs, bias.scale / result.scale))
 
 
 def _fit(bias: View, result: Result) -> bool:
@@ -187,13 +190,9 @@ def add_biases_of_call(passed: Passed, result: Result, operands: Sequence[View |
         view = operands[bias.root]
         if view is None or view.altered or not _fit(view, result):
             continue
-        for (use, axes), piece in _matched(result, view):
-            pairs = frozenset(
-                pair
-                for ours, axis in bias.pairs
-                for pair in paired(piece.axes[ours], axes[axis] if axis >= 0 else frozenset({-1}))
-            )
-            pairs |= paired_cuts(piece, use.piece)
+        for (use, kernel), piece in _matched(result, view):
+            pairs = outside_pairs(bias.pairs, kernel, piece) | paired_cuts(piece, use.piece)
+            pairs = alike(pairs, piece, kernel)
             use.biases.append(Bias(piece.root, pairs, bias.scale * view.scale / result.scale))
 
 
@@ -202,19 +201,39 @@ def outside_result(
 ) -> Result | None:
     """A result that a called function returns, as one of what calls it."""
     entries, scale = [], result.scale
-    for use, axes in result.entries:
+    for use, kernel in result.entries:
         if isinstance(use, Passed):
             outer = given[use]
             scale *= outer.scale
-            entries += [
-                (of, tuple(frozenset().union(*(theirs[i] for i in axis)) for axis in axes))
-                for of, theirs in outer.entries
-            ]
+            entries += [(of, through(kernel, piece)) for of, piece in outer.entries]
         else:
-            entries += [
-                (of, tuple(outside(axis, of.piece) for axis in axes)) for of in adopted.get(use, [])
-            ]
+            entries += [(of, through(kernel, of.piece)) for of in adopted.get(use, [])]
     return Result(tuple(entries), scale) if entries else None
+
+
+def through(inner: Piece, outer: Piece) -> Piece:
+    """A piece of a called function's input as one of the parameter that `outer` shows."""
+    return Piece(
+        outer.root,
+        tuple(outside(axes, outer) for axes in inner.axes),
+        (*outer.steps, *inner.steps),
+        outer.reads,
+        outer.cuts | {(k, place) for axis, place in inner.cuts for k in outer.axes[axis]},
+        outer.varying | outside(inner.varying, outer),
+        outer.gathered | inner.gathered,
+        outer.partial | outside(inner.partial, outer),
+        outer.order + tuple((k, done) for axis, done in inner.order for k in outer.axes[axis]),
+    )
+
+
+def alike(
+    pairs: Iterable[tuple[int, int]], bias: Piece, kernel: Piece
+) -> frozenset[tuple[int, int]]:
+    """Pairs of axes; a misfit where entries of the bias and of the kernel do not lie alike."""
+    return frozenset(
+        (ours, theirs if bias.order_along(ours) == kernel.order_along(theirs) else -1)
+        for ours, theirs in pairs
+    )
 
 
 def paired(ours: frozenset[int], theirs: frozenset[int]) -> list[tuple[int, int]]:
@@ -240,9 +259,7 @@ def outside(axes: frozenset[int], piece: Piece) -> frozenset[int]:
     return frozenset().union(*(piece.axes[axis] for axis in axes))
 
 
-def outside_pairs(
-    pairs: frozenset[tuple[int, int]], kernel: Piece, bias: Piece
-) -> frozenset[tuple[int, int]]:
+def outside_pairs(pairs: Pairs, kernel: Piece, bias: Piece) -> Pairs:
     """Pairs of axes of a called function's inputs as pairs of axes of the parameters."""
     return frozenset(
         pair
@@ -260,19 +277,7 @@ def compose(view: View, operands: Sequence[View | None]) -> View | None:
         if outer is None or inner.reads:
             return None
         altered = altered or outer.altered
-        pieces += [
-            Piece(
-                piece.root,
-                tuple(outside(axes, piece) for axes in inner.axes),
-                (*piece.steps, *inner.steps),
-                piece.reads,
-                piece.cuts | {(k, place) for axis, place in inner.cuts for k in piece.axes[axis]},
-                piece.varying | outside(inner.varying, piece),
-                piece.gathered | inner.gathered,
-                piece.partial | outside(inner.partial, piece),
-            )
-            for piece in outer.pieces
-        ]
+        pieces += [through(inner, piece) for piece in outer.pieces]
     scales = {outer.scale for p in view.pieces if (outer := operands[p.root]) is not None}
     if len(scales) != 1:
         return None

@@ -9,7 +9,7 @@ along W's axis 1 and axis 1 along W's axis 0. The mean of x comes in the layout 
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -68,6 +68,8 @@ class Piece:
       varying: Axes of the parameter along which the steps make statistics vary.
       gathered: Mesh axes that the view was gathered over from the parameter's shards.
       partial: Axes of the parameter of which the view holds a part of several places.
+      order: What put entries along the parameter's axes in another order or in other places, or
+        left some out, one after the other: each axis with what was done along it.
     """
 
     root: int
@@ -78,6 +80,18 @@ class Piece:
     varying: frozenset[int] = frozenset()
     gathered: frozenset[str] = frozenset()
     partial: frozenset[int] = frozenset()
+    order: tuple[tuple[int, Any], ...] = ()
+
+    def order_along(self, axis: int) -> tuple[Any, ...]:
+        """What was done along an axis of the parameter; equal where entries still lie alike."""
+        return tuple(done for of, done in self.order if of == axis)
+
+    def arranged(self, axis: int, *done: Any) -> "Piece":
+        """The same with something done along an axis of the view, of those that run alike."""
+        ours = self.axes[axis]
+        place = sum(bool(axes & ours) for axes in self.axes[:axis])
+        order = tuple((of, (place, *done)) for of in sorted(ours))
+        return dataclasses.replace(self, order=self.order + order)
 
     def pull(self, measure: Part, read: Read) -> Part:
         """`measure` in the parameter's layout; `read` gives values of the jaxpr's variables."""
@@ -134,12 +148,29 @@ def _through(
 def transpose(view: View, permutation: tuple[int, ...]) -> View:
     """The axes in another order."""
     inverse = tuple(int(axis) for axis in np.argsort(permutation))
-    return _through(
+    new = _through(
         view,
         tuple(view.shape[axis] for axis in permutation),
         lambda axes: tuple(axes[axis] for axis in permutation),
         lambda measure, _: measure.map(lambda x: jnp.transpose(x, inverse)),
     )
+
+    def arranged(old: Piece, new: Piece) -> Piece:
+        """Axes that one of the parameter was cut into may have changed places."""
+        for of in sorted(frozenset().union(*old.axes)):
+            parts = [axis for axis in permutation if of in old.axes[axis] and view.shape[axis] > 1]
+            if parts != sorted(parts):
+                sizes = tuple(view.shape[axis] for axis in sorted(parts))
+                done = ("transpose", sizes, _ranks(parts))
+                new = dataclasses.replace(new, order=(*new.order, (of, done)))
+        return new
+
+    pairs = zip(view.pieces, new.pieces, strict=True)
+    return dataclasses.replace(new, pieces=tuple(arranged(*pair) for pair in pairs))
+
+
+def _ranks(values: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(sorted(values).index(value) for value in values)
 
 
 def groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
@@ -196,8 +227,20 @@ def reshape(view: View, shape: Shape) -> View:
                     full[j] = shape[j]
         return jnp.broadcast_to(x, full).reshape(final)
 
+    def arranged(old: Piece, new: Piece) -> Piece:
+        """Axes of the parameter that are merged are taken to be in order."""
+        for ours, _ in parts:
+            merged = list(dict.fromkeys(tuple(sorted(old.axes[i])) for i in ours if old.axes[i]))
+            if merged != sorted(merged):
+                done = ("merge", _ranks(merged))
+                order = tuple((of, done) for axes in merged for of in axes)
+                new = dataclasses.replace(new, order=new.order + order)
+        return new
+
     new = _through(view, shape, axes_of, lambda measure, _: measure.map(back))
-    return dataclasses.replace(new, before=view)
+    pairs = zip(view.pieces, new.pieces, strict=True)
+    pieces = tuple(arranged(*pair) for pair in pairs)
+    return dataclasses.replace(new, pieces=pieces, before=view)
 
 
 def broadcast(view: View, shape: Shape, dimensions: tuple[int, ...]) -> View:
@@ -239,12 +282,21 @@ def squeeze(view: View, dimensions: tuple[int, ...]) -> View:
 
 def reverse(view: View, dimensions: tuple[int, ...]) -> View:
     """Back to front along some axes."""
-    return _through(
+    new = _through(
         view,
         view.shape,
         lambda axes: axes,
         lambda measure, _: measure.map(lambda x: jnp.flip(x, dimensions)),
     )
+    return _arranged(new, dict.fromkeys(dimensions, ("reverse",)))
+
+
+def _arranged(view: View, done: Mapping[int, tuple[Any, ...]]) -> View:
+    """The view with what was done along its axes."""
+    pieces = list(view.pieces)
+    for axis, what in done.items():
+        pieces = [piece.arranged(axis, *what) for piece in pieces]
+    return dataclasses.replace(view, pieces=tuple(pieces))
 
 
 def sliced(
@@ -300,13 +352,15 @@ def sliced(
         )
         for piece in new.pieces
     )
-    return dataclasses.replace(new, pieces=pieces)
+    steps = strides or (1,) * len(shape)
+    done = {axis: ("slice", places[axis], shape[axis], steps[axis]) for axis in cut}
+    return _arranged(dataclasses.replace(new, pieces=pieces), done)
 
 
 def concatenate(operands: list[View], axis: int) -> View | None:
     """Views joined along an axis; None if they were scaled by different numbers."""
     pieces: list[Piece] = []
-    offset = 0
+    offset, total = 0, sum(view.shape[axis] for view in operands)
     for view in operands:
         start, stop = offset, offset + view.shape[axis]
 
@@ -317,12 +371,14 @@ def concatenate(operands: list[View], axis: int) -> View | None:
                 )
             )
 
-        pieces += [dataclasses.replace(p, steps=(*p.steps, cut)) for p in view.pieces]
+        new = [dataclasses.replace(p, steps=(*p.steps, cut)) for p in view.pieces]
+        # Shards gathered from devices are taken to be joined in the devices' order.
+        pieces += [p if p.gathered else p.arranged(axis, "join", start, total) for p in new]
         offset = stop
     if len({view.scale for view in operands}) > 1:
         return None
     joined = list(operands[0].shape)
-    joined[axis] = offset
+    joined[axis] = total
     altered = next((view.altered for view in operands if view.altered), None)
     data = any(view.data for view in operands)
     first = operands[0]

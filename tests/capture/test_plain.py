@@ -399,3 +399,80 @@ def test_auxiliary_outputs_pass():
     np.testing.assert_allclose(aux["logits"], X @ PARAMS["w"], rtol=1e-6)
     assert aux["name"] == 3
     np.testing.assert_allclose(loss, loss_fn(PARAMS, X)[0], rtol=1e-6)
+
+
+# Numbers and arrays that depend on nothing, between a product and its bias or after it.
+
+CONSTANTS = {
+    "sum of an array": lambda: jnp.ones(5).sum(),
+    "product of arrays": lambda: jnp.dot(jnp.ones(4), jnp.ones(4)),
+    "random number": lambda: jax.random.uniform(jax.random.key(0), ()),
+    "old random numbers": lambda: jax.random.normal(jax.random.PRNGKey(0), (4, 5)),
+    "cond": lambda: lax.cond(True, lambda: 1.0, lambda: 2.0),
+    "loop": lambda: lax.while_loop(lambda c: c < 8, lambda c: 2 * c, 1.0),
+    "of integers": lambda: jnp.asarray(jnp.arange(3).shape[0] * jnp.int32(2), jnp.float32),
+    "callback": lambda: jax.pure_callback(np.cos, jax.ShapeDtypeStruct((), jnp.float32), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_what_a_result_is_multiplied_by(name):
+    check(capture(lambda p: jnp.mean(jnp.tanh((X @ p["w"]) * CONSTANTS[name]())))["w"], X)
+    stats = capture(lambda p: jnp.mean(jnp.tanh((X @ p["w"]) / CONSTANTS[name]() @ p["v"])))
+    check(stats["w"], X)
+
+
+def test_constants_computed_in_many_operations_take_no_time():
+    """Each operand is looked at once: 2^40 are too many."""
+
+    def loss_fn(p):
+        scale = jnp.float32(1.0)
+        for _ in range(40):
+            scale = scale * scale
+        return jnp.mean(jnp.tanh(X @ p["w"] * scale + p["b"][None]))
+
+    check(capture(loss_fn)["w"], X, bias="b")
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int4", "uint8", "bool"])
+def test_data_of_few_bits(dtype):
+    x = jnp.clip(jnp.round(X), 0, 3).astype(dtype)
+    loss_fn = lambda p, x: jnp.mean(jnp.tanh(x.astype(jnp.float32) @ p["w"]))  # noqa: E731
+    check(capture(loss_fn, PARAMS, x)["w"], x)
+
+
+# One example of an online learner, without an axis of examples.
+
+
+def test_row_of_an_embedding_that_data_choose_is_an_input():
+    params = {"embedding": normal(5, 7, 3), **PARAMS}
+
+    def loss_fn(p, token):
+        h = jnp.tanh(affine(p["embedding"][token][None], p["w"], p["b"]))
+        return jnp.mean((h @ p["v"]) ** 2)
+
+    stats = capture(loss_fn, params, jnp.asarray(3))
+    check(stats["w"], params["embedding"][3], bias="b")
+    assert "embedding" not in stats
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_convolution_mapped_over_kernels(groups):
+    """As in an ensemble: `vmap` makes one grouped convolution of all."""
+    x, params = normal(6, 3, 2, 6, 6), {"k": normal(7, 3, 3, 6 // groups, 3)}
+
+    def convolution(k, x):
+        numbers = ("NWC", "WIO", "NWC")
+        return lax.conv_general_dilated(
+            x, k, (1,), "SAME", dimension_numbers=numbers, feature_group_count=groups
+        )
+
+    def loss_fn(p):
+        return jnp.mean(jnp.tanh(jax.vmap(convolution)(p["k"], x)))
+
+    stats = capture(loss_fn, params)["k"]
+    mean = np.asarray(x).mean((1, 2))  # Of each member of the ensemble.
+    want = mean if groups == 1 else mean.reshape(3, 3, 2)
+    got = np.asarray(stats.mean)[:, 0]
+    got = got[..., 0] if groups == 1 else np.moveaxis(got, -1, 1)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

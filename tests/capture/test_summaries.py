@@ -222,3 +222,43 @@ def test_nnx_has_the_same_options_as_the_others(name):
     there = inspect.signature(getattr(bnp_optax, name)).parameters
     assert set(there) - {"params"} <= set(here)
     assert set(here) - set(there) == {"model", "wrt"}
+
+
+# Kernels that are mixed with other numbers before they meet inputs.
+
+FROZEN = normal(20, 3, 4)
+MIXED = {
+    "change of a frozen kernel": lambda w, _: FROZEN + w,
+    "scaled change": lambda w, _: FROZEN + 0.1 * w,
+    "beside a frozen one": lambda w, _: jnp.concatenate([FROZEN, w], 1),
+    "copies": lambda w, _: jnp.tile(w, (1, 2)),
+    "Kronecker product": lambda w, _: jnp.kron(w, jnp.ones((1, 2))),
+    "change of one that is given": lambda w, data: data[:3, :1] + w,
+    "drawn weights": lambda w, data: w + 0.1 * jax.random.normal(jax.random.key(0), w.shape),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_kernels_mixed_with_numbers_are_listed(name):
+    mix = MIXED[name]
+    n_outputs = jax.eval_shape(mix, FROZEN, X).shape[1]
+    params = {"w": normal(21, 3, 4), "head": normal(22, n_outputs, 2)}
+
+    def loss_fn(p, x):
+        return jnp.mean((jnp.tanh(x @ mix(p["w"], x)) @ p["head"]) ** 2)
+
+    summary = bnp_optax.summarize(loss_fn, params, X)
+    assert set(summary.layers) == {"head"}
+    assert "1 of 2 kernels covered" in str(summary)
+    assert any(name in summary.uncovered["w"] for name in ("add", "concatenate", "tile", "mul"))
+
+
+def test_position_table_before_scores_is_no_kernel():
+    """It is added to activations, and these are multiplied by kernels."""
+    params = {"position": normal(23, 16, 3), "query": normal(24, 3, 3), "key": normal(25, 3, 3)}
+
+    def loss_fn(p, x):
+        x = x + p["position"]
+        return jnp.mean((x @ p["query"]) @ (x @ p["key"]).T)
+
+    assert "2 of 2 kernels covered" in str(bnp_optax.summarize(loss_fn, params, X))

@@ -142,6 +142,9 @@ def test_no_rows(name):
     assert stats.count == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stats))
     assert np.isfinite(stats.total_variance).all()
+    captured = bnp_optax.value_and_grad(loss_fn, second_moments=True)
+    _, _, found = jit(captured)(params, jnp.zeros(shape))
+    assert not found["kernel"].second_moment.any()
 
 
 @pytest.mark.parametrize("framework", ["linen", "plain"])
@@ -190,8 +193,21 @@ EXPORTED = {
 }
 
 
+FINER = {
+    "weights": {"weights": lambda x: jnp.arange(x.shape[0]) > 1},
+    "sampled": {"sample_rows": 8},
+    "second moments": {"second_moments": True},
+    "sketches": {"second_moments": True, "second_moment_fan_in": 2},
+    "weighted second moments": {
+        "second_moments": True,
+        "weights": lambda x: jnp.arange(x.shape[0]) > 1,
+    },
+}
+
+
+@pytest.mark.parametrize("finer", ["", *FINER])
 @pytest.mark.parametrize("name", EXPORTED)
-def test_exported_for_any_batch(name):
+def test_exported_for_any_batch(name, finer):
     f, params, text = EXPORTED[name]
     if name == "convolution":
         model = f()
@@ -200,16 +216,19 @@ def test_exported_for_any_batch(name):
     if name == "nnx":
         params = nnx.state(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.Param)
 
-    @jax.jit
-    def step(p, x):
-        loss, grads, stats = bnp_optax.value_and_grad(square(f))(p, x)
-        return loss, grads, {k: (s.mean, s.var, s.count) for k, s in stats.items()}
+    @functools.partial(jax.jit, static_argnames="finer")
+    def step(p, x, finer):
+        loss, grads, stats = bnp_optax.value_and_grad(square(f), **FINER.get(finer, {}))(p, x)
+        return loss, grads, {k: jax.tree.leaves(s) for k, s in stats.items()}
 
     shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(text), jnp.float32)
-    exported = jax.export.export(step)(jax.eval_shape(lambda: params), shape)
+    shapes = jax.eval_shape(lambda: params), shape
+    exported = jax.export.export(jax.jit(functools.partial(step, finer=finer)))(*shapes)
     for n in (4, 7):
         x = normal(n, *{"b, 3": (n, 3), "b, t, 3": (n, 2, 3), "b, 5, 3": (n, 5, 3)}[text])
-        assert_trees(exported.call(params, x), step(params, x), 1e-5)
+        # Of a number of rows that is not known all are taken.
+        want = step(params, x, finer="" if finer == "sampled" else finer)
+        assert_trees(exported.call(params, x), want, 1e-5)
 
 
 # Transformations of the captured function.
