@@ -31,7 +31,7 @@ COMMANDS = {
     "run": Command("tune and train methods on problems: the contest", "contest.command", "run"),
     "report": Command("tables and figures of the contest", "contest.command", "report"),
     "need": Command("does a problem need it: one batch beside who won", "contest.need"),
-    "demo": Command("a comparison in two minutes on a laptop", "demo.command", parses=True),
+    "demo": Command("a comparison in three minutes on a laptop", "demo.command", parses=True),
     "cost": Command("what a training step costs, beside BatchNorm's", "cost.step"),
     "cost-capture": Command("what the capture adds before a step runs", "cost.capture"),
     "cost-regularizer": Command("what the regularizers cost", "cost.regularizers"),

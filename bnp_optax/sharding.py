@@ -1,17 +1,21 @@
 """How to shard the state of an optimizer, given how its parameters are sharded."""
 
 import itertools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from bnp_optax._tree import named_leaves, path_name, quoted
+from bnp_optax.drop_in import LAYER_STATS, PARAMS
 from bnp_optax.preconditioners.bnp_operator import BNPState
 from bnp_optax.preconditioners.whiten_operator import WhitenState
+from bnp_optax.transforms.multi_steps import MultiStepsState
 
 Spec = PartitionSpec | Sharding
+T = TypeVar("T")
 
 
 def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
@@ -23,9 +27,10 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
     as the kernel is along its first, as are the (memory, in, out) of L-BFGS; a factored moment of
     `optax.adafactor`, of shape (in,) or (out,), is sharded as that axis of the kernel is, if its
     size tells which one it is. All else is replicated: counts, what `bnp` keeps in a few numbers,
-    and all that `whiten` keeps.
+    and all that `whiten` keeps, or `multi_steps` for it.
 
-    Which parameter an array belongs to is told by the end of its path in the state.
+    Which parameter an array belongs to is told by the end of its path in the state; with `drop_in`
+    that of the bare parameter will do.
 
     Args:
       tx: The optimizer, of this library or not.
@@ -65,8 +70,8 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
         )
         raise ValueError(msg)
     replicated = _replicated(given)
-    state = jax.eval_shape(tx.init, params)
-    flat, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_of_layers)
+    if isinstance(params, Mapping) and set(params) == {PARAMS, LAYER_STATS}:
+        arrays, given = _with_bare_names(arrays), _with_bare_names(given)
 
     def of_array(path: Any, array: Any) -> Spec:
         name = _parameter(path_name(path), arrays)
@@ -75,20 +80,42 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, shardings: Any
             return replicated
         return _fitted(spec, tuple(arrays[name].shape), tuple(array.shape))
 
+    def of_moment(path: Any, array: Any, mean: Any, var: Any) -> Spec:
+        # A covariance may have the shape of the kernel, and is of its inputs alone.
+        return replicated if len(var.shape) > len(mean.shape) else of_array(path, array)
+
     def of_node(path: Any, node: Any) -> Any:
         if isinstance(node, WhitenState):
             return jax.tree.map(lambda _: replicated, node)  # Decomposed whole on every device.
-        if not isinstance(node, BNPState):
-            return of_array(path, node)
-        moments = jax.tree_util.tree_map_with_path(of_array, node.moments)
-        rest = jax.tree.map(lambda _: replicated, node[1:])
-        return BNPState(moments, *rest)
+        if isinstance(node, BNPState):
+            moments = jax.tree_util.tree_map_with_path(of_array, node.moments)
+            rest = jax.tree.map(lambda _: replicated, node[1:])
+            return BNPState(moments, *rest)
+        if isinstance(node, MultiStepsState):
+            mean, var = (
+                jax.tree_util.tree_map_with_path(of_moment, tree, node.mean, node.var)
+                for tree in (node.mean, node.var)
+            )
+            rows = jax.tree.map(lambda _: replicated, node.rows)
+            return MultiStepsState(of_state(node.multi_steps), mean, var, rows)
+        return of_array(path, node)
 
-    return treedef.unflatten([of_node(path, node) for path, node in flat])
+    def of_state(state: Any) -> Any:
+        flat, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_of_layers)
+        return treedef.unflatten([of_node(path, node) for path, node in flat])
+
+    return of_state(jax.eval_shape(tx.init, params))
 
 
 def _is_of_layers(node: Any) -> bool:
-    return isinstance(node, BNPState | WhitenState)
+    return isinstance(node, BNPState | WhitenState | MultiStepsState)
+
+
+def _with_bare_names(by_name: dict[str, T]) -> dict[str, T]:
+    """Also by the names of the bare parameters, which the optimizer inside a `drop_in` sees."""
+    parts = {name: name.split("/") for name in by_name}
+    bare = {"/".join(part[1:]): by_name[name] for name, part in parts.items() if part[0] == PARAMS}
+    return bare | by_name
 
 
 def _by_name(shardings: Any) -> dict[str, Spec | None]:

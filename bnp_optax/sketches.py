@@ -20,10 +20,11 @@ Source: Tropp, Yurtsever, Udell, Cevher, "Fixed-rank approximation of a positive
 from streaming data", NeurIPS 2017, Algorithm 3.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from bnp_optax import decompositions
 
 # Rows of Omega in a captured sketch, which with the diagonal has 32.
 N_PRODUCTS = 31
@@ -137,7 +138,7 @@ def leading(
 
 def eigh(matrix: Float[Array, "*blocks n n"]) -> tuple[Array, Array]:
     """Eigenvalues in rising order, none of them negative, and eigenvectors."""
-    vectors, values = jax.lax.linalg.eigh(matrix)
+    values, vectors = decompositions.eigh(matrix)
     return jnp.maximum(values, 0.0), vectors
 
 
@@ -169,6 +170,6 @@ def _nystrom(sketch: Float[Array, "*blocks k+1 n"], rank: int) -> tuple[Array, A
     # the largest ones are found by it, and are decomposed once more, by QR.
     root = dot(t(products), factor)
     _, vectors = eigh(dot(t(root), root))
-    basis, small = jnp.linalg.qr(dot(root, vectors[..., :, -rank:]))
+    basis, small = decompositions.qr(dot(root, vectors[..., :, -rank:]))
     values, vectors = eigh(dot(small, t(small)))
     return size[..., 0] * jnp.maximum(values - shift[..., 0], 0.0), dot(basis, vectors)

@@ -1,4 +1,4 @@
-"""What batch normalization preconditioning does, and what it costs, in two minutes on a laptop.
+"""What batch normalization preconditioning does, and what it costs, in three minutes on a laptop.
 
     python -m benchmarks demo
     python -m benchmarks demo --dataset cifar10 --data-dir DIR

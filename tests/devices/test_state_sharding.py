@@ -122,6 +122,66 @@ def test_one_bare_array_and_none():
     assert set(jax.tree.leaves(found, is_leaf=is_spec)) == {P()}
 
 
+def test_a_drop_in_s_state_is_sharded_as_that_of_the_bare_optimizer():
+    """The optimizer inside sees `Dense_0/kernel`, which is `params/Dense_0/kernel` outside."""
+    tx = bnp_optax.bnp_adam(1e-3)
+    specs = {"params": SPECS, "layer_stats": P()}
+    _, wrapped, dropped = bnp_optax.drop_in(network_loss, params(), tx, X)
+    found = bnp_optax.state_sharding(dropped, wrapped, specs)
+    assert found == bnp_optax.state_sharding(tx, params(), SPECS)
+    # What is around it sees all parameters.
+    around = bnp_optax.state_sharding(optax.MultiSteps(dropped, 2), wrapped, specs)
+    assert around.acc_grads == specs
+    assert around.inner_opt_state == found
+
+
+def network_loss(params, x):
+    for layer in params.values():
+        x = x @ layer["kernel"] + layer["bias"][None]
+    return jnp.mean((x - 1.0) ** 2)
+
+
+def test_a_drop_in_of_one_bare_array_and_of_one_called_as_the_vector_is():
+    loss = lambda p, x: jnp.mean((x @ p - 1.0) ** 2)  # noqa: E731
+    layers = bnp_optax.find_layers(loss, jnp.ones((16, 4)), X)
+    tx = bnp_optax.bnp_adam(1e-3, layers=layers)
+    _, wrapped, dropped = bnp_optax.drop_in(loss, jnp.ones((16, 4)), tx, X)
+    specs = {"params": P("data", None), "layer_stats": P()}
+    found = bnp_optax.state_sharding(dropped, wrapped, specs)
+    assert found.inner[0].mu == P("data", None)
+
+    bare = {"kernel": jnp.ones((16, 4)), "layer_stats": jnp.ones((4, 8))}
+    loss = lambda p, x: jnp.mean((x @ p["kernel"] @ p["layer_stats"]) ** 2)  # noqa: E731
+    tx = optax.adam(1e-3)
+    _, wrapped, dropped = bnp_optax.drop_in(loss, bare, tx, X)
+    specs = {
+        "params": {"kernel": P("data", None), "layer_stats": P(None, "model")},
+        "layer_stats": P(),
+    }
+    found = bnp_optax.state_sharding(optax.MultiSteps(dropped, 2), wrapped, specs)
+    assert found.acc_grads == specs
+
+
+@pytest.mark.parametrize("fan_in", [16, 8])
+def test_what_multi_steps_keeps_for_whiten_is_replicated(fan_in):
+    """A covariance of 16 inputs has the shape of a kernel (16, 16)."""
+    kernel = {"kernel": jnp.ones((fan_in, 16)), "bias": jnp.zeros(16)}
+    specs = {"kernel": P("data", "model"), "bias": P("model")}
+    tx = bnp_optax.multi_steps(bnp_optax.whiten_adam(), 2)
+    found = bnp_optax.state_sharding(tx, kernel, specs)
+    assert found.mean["kernel"] == found.var["kernel"] == found.rows["kernel"] == P()
+    assert found.multi_steps.acc_grads == specs
+    whitening = found.multi_steps.inner_opt_state.preconditioner
+    assert set(jax.tree.leaves(whitening, is_leaf=is_spec)) == {P()}
+    of_bnp = bnp_optax.state_sharding(
+        bnp_optax.multi_steps(bnp_optax.bnp_adam(1e-3), 2), kernel, specs
+    )
+    assert of_bnp.mean["kernel"] == of_bnp.var["kernel"] == P("data", None)
+    assert of_bnp.multi_steps.inner_opt_state.preconditioner.moments["kernel"] == P(
+        None, "data", None
+    )
+
+
 def test_what_cannot_be_fitted_raises():
     tx = optax.adam(1e-3)
     with pytest.raises(ValueError, match="nothing for `Dense_0/bias`"):

@@ -40,9 +40,17 @@ def captured(params, x):
 
 
 def decompositions(jaxpr) -> list:
-    """The shapes of what each branch decomposes, a list for each `cond` with a decomposition."""
-    found, here = [], []
+    """The shapes of what each branch decomposes, a list for each `cond` with a decomposition.
+
+    On a GPU: a choice by platform has the CPU's way first, and everyone else's last.
+    """
+    found, here, platforms = [], [], set()
     for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "platform_index":
+            platforms |= set(eqn.outvars)
+        if eqn.primitive.name == "cond" and eqn.invars[0] in platforms:
+            here += itertools.chain(*decompositions(eqn.params["branches"][-1].jaxpr))
+            continue
         if eqn.primitive.name == "eigh":
             here.append(eqn.outvars[0].aval.shape)
         within = [
