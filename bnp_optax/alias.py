@@ -6,9 +6,10 @@ from typing import Any, Unpack
 import optax
 from jax.typing import ArrayLike
 
-from bnp_optax._checks import check_adam, check_fraction, check_non_negative
+from bnp_optax._checks import check_adam, check_flag, check_fraction, check_rate
 from bnp_optax.preconditioners import BNPOptions, bnp, rms, takes_options
 from bnp_optax.transforms import bnp_precondition, in_zspace, proximal_l1
+from bnp_optax.transforms.integers import holding_integers
 
 # Chosen on half of the problems of the benchmarks; docs/decisions.md says by what.
 SGD_OPTIONS: BNPOptions = {
@@ -72,13 +73,14 @@ def bnp_sgd(
     Source: Lange, Helfrich, Ye, JMLR 2022, Algorithms 2 and 3, which themselves are
     `optax.chain(bnp_precondition(), optax.sgd(learning_rate))`.
     """
-    check_non_negative("learning_rate", learning_rate)
-    check_fraction("momentum", momentum)
+    check_rate("learning_rate", learning_rate)
+    if momentum is not None:
+        check_fraction("momentum", momentum)
+    check_flag("nesterov", nesterov)
     options = SGD_OPTIONS | bnp_options
     if momentum is None:
         # Without memory the two ways are one, and M in one pass is the cheaper.
-        sgd = optax.chain(bnp_precondition(**options), optax.sgd(learning_rate))
-        return optax.with_extra_args_support(sgd)
+        return holding_integers(optax.chain(bnp_precondition(**options), optax.sgd(learning_rate)))
     return in_zspace(optax.sgd(learning_rate, momentum, nesterov), bnp(**options))
 
 
@@ -182,7 +184,7 @@ def bnp_adamw(
     Regularization", (9).
     """
     check_adam(learning_rate, b1, b2, eps)
-    check_non_negative("weight_decay", weight_decay)
+    check_rate("weight_decay", weight_decay)
     inner = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
     return in_zspace(inner, bnp(**(ADAM_OPTIONS | bnp_options)))
 
@@ -230,7 +232,7 @@ def adam_l1(
     Regularization" (L1 by the same argument as (9)).
     """
     check_adam(learning_rate, b1, b2, eps)
-    check_non_negative("l1", l1)
+    check_rate("l1", l1)
     step = optax.chain(
         optax.scale_by_learning_rate(learning_rate), proximal_l1(l1, learning_rate, mask)
     )

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from bnp_optax._checks import check_transformation
 from bnp_optax._tree import quoted, split_arrays
 from bnp_optax.capture.api import value_and_stats
 from bnp_optax.statistics import Layer, LayerStats
@@ -93,8 +94,8 @@ def drop_in(
       A `DropIn`, to be unpacked: `loss_fn, params, tx`. `bare_params` takes the parameters out.
 
     Raises:
-      ValueError: Whatever `value_and_grad` raises; when used, if the loss or the optimizer gets
-        other parameters than these, or in less than float32.
+      ValueError: Whatever `value_and_grad` raises; if `tx` is no transformation; when used, if the
+        loss or the optimizer gets other parameters than these, or in less than float32.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -114,6 +115,7 @@ def drop_in(
       >>> bool(wrapped["layer_stats"].any())
       False
     """
+    check_transformation("tx", tx)
     capture = value_and_stats(loss_fn, has_aux, layers, **capture_options)
     arrays, rebuild = split_arrays(args)
     like = jax.eval_shape(lambda p, arrays: capture(p, *rebuild(arrays))[1], params, arrays)
@@ -230,7 +232,7 @@ def _unwrapping(
         def wrap(params: Any) -> dict[str, Any]:
             return {PARAMS: params, LAYER_STATS: jnp.zeros_like(vector)}
 
-        for name, bare in (("value_fn", _value_fn), ("grad_fn", _grad_fn), ("grad", _grad)):
+        for name, bare in _OF_WRAPPED.items():
             if extra_args.get(name) is not None:
                 extra_args[name] = bare(extra_args[name], wrap)
         new, state = tx.update(
@@ -256,6 +258,10 @@ def _grad_fn(grad_fn: Callable[..., Any], wrap: Callable[[Any], Any]) -> Callabl
 def _grad(grad: Any, wrap: Callable[[Any], Any]) -> Any:
     del wrap
     return grad[PARAMS]
+
+
+# Extra arguments that are functions of the parameters, or of their structure.
+_OF_WRAPPED = {"value_fn": _value_fn, "obj_fn": _value_fn, "grad_fn": _grad_fn, "grad": _grad}
 
 
 def _check(who: str, wrapped: Any, size: int | None = None) -> None:

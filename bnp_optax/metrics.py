@@ -54,7 +54,7 @@ def metrics(
 
     Raises:
       ValueError: If there is neither, or `layers` has a kernel that it has not, or `updates`
-        lacks a kernel.
+        lacks a kernel; if the state is that of several networks, stacked by `jax.vmap`.
 
     Example:
       >>> import jax, jax.numpy as jnp

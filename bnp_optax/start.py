@@ -22,6 +22,10 @@ def start_in_zspace(
     z keeps it so: with P held, every step of training is the same in whatever units the inputs
     come. No preconditioner can make up for initial values that saturate the units.
 
+    A layer that gets data joined with hidden values, as over a skip connection, keeps its initial
+    values: its inputs depend on parameters, so they change in training. Scale such data by hand.
+    Of two inputs that share one bias, neither is centered.
+
     Give the statistics to the optimizer as `fixed`, which holds P in these layers:
     `bnp_adam(fixed=fixed)`. Given to `value_and_grad` too, they need not be measured again.
 
@@ -36,7 +40,8 @@ def start_in_zspace(
       divided by the root mean square of their inputs, and not centered.
 
     Raises:
-      ValueError: If there is no batch, or no layer whose inputs are the data's alone.
+      ValueError: If there is no batch, or no layer whose inputs are the data's alone, or if these
+        are not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp

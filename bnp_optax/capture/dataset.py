@@ -26,6 +26,7 @@ def dataset_statistics(
 
     Those inputs do not change in training, so neither do their statistics. Give them to
     `value_and_grad` as `fixed`, and these layers, often the widest, are not looked at any more.
+    A layer that gets data joined with hidden values, as over a skip connection, is left out.
 
     Args:
       loss_fn: The loss, `loss_fn(params, *batch)`, in any framework.
@@ -39,8 +40,8 @@ def dataset_statistics(
       the `count` of the largest batch.
 
     Raises:
-      ValueError: If there is no batch, or no layer whose inputs do not depend on parameters; under
-        `jax.jit` and the like.
+      ValueError: If there is no batch, or no layer whose inputs do not depend on parameters; if
+        statistics of a batch are not finite; under `jax.jit` and the like.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -58,11 +59,13 @@ def dataset_statistics(
     options = options_of(conv_statistics, None, embeddings)
     measure = jax.jit(lambda params, batch: _of_batch(loss_fn, params, batch, options))
     parts = []
-    for batch in batches:
+    for number, batch in enumerate(batches):
         arguments = _arguments(batch)
         _check_concrete((params, arguments))
-        parts.append(jax.device_get(measure(params, arguments)))
-    if not parts:
+        part = jax.device_get(measure(params, arguments))
+        _check_finite(number, part)
+        parts.append(part)
+    if not any(stats.count for part in parts for stats in part.values()):
         msg = "`batches` is empty: statistics need data."
         raise ValueError(msg)
     return {name: _of_all([part[name] for part in parts]) for name in parts[0]}
@@ -75,6 +78,20 @@ def _check_concrete(tree: Any) -> None:
             "`jax.jit`, `jax.vmap` and the like. Call this before, and hand the statistics in."
         )
         raise ValueError(msg)
+
+
+def _check_finite(number: int, part: dict[str, LayerStats]) -> None:
+    """Raise if one bad number would make the statistics of all batches bad."""
+    for name, stats in part.items():
+        # No rows have no mean, and count for nothing.
+        moments = (stats.mean, stats.var, stats.sq_mean) if stats.count else ()
+        if not all(np.isfinite(moment).all() for moment in moments):
+            msg = (
+                f"Batch {number} of `batches`, counted from 0, has inputs of `{name}` that are "
+                "not finite, or whose squares are not in float32. Clean the data (NaN, infinity, "
+                "numbers above 1e19), or leave that batch out."
+            )
+            raise ValueError(msg)
 
 
 def _arguments(batch: Any) -> tuple[Any, ...]:

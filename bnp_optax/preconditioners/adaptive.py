@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-from bnp_optax._checks import check_fraction, check_non_negative
+from bnp_optax._checks import check_flag, check_fraction, check_non_negative
 from bnp_optax.preconditioners.base import Operator, Preconditioner
 
 
@@ -88,6 +88,7 @@ def rms(
     """
     check_fraction("decay", decay)
     check_non_negative("eps", eps)
+    check_flag("bias_correction", bias_correction)
 
     def accumulate(square: Array, nu: Array, count: Array) -> Array:
         rate = jnp.asarray(1.0 - decay, nu.dtype)

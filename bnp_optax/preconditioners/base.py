@@ -60,10 +60,10 @@ class Preconditioner(NamedTuple):
     operator: Callable[[State], Operator]
 
 
-def check_preconditioner(value: Any) -> Preconditioner:
+def check_preconditioner(value: Any, argument: str = "preconditioner") -> Preconditioner:
     """`value`, or an error unless it is a `Preconditioner`."""
     if not isinstance(value, Preconditioner):
         name = getattr(value, "__name__", type(value).__name__)
-        msg = f"`preconditioner` must be a `Preconditioner`, such as `bnp()`; got `{name}`."
+        msg = f"`{argument}` must be a `Preconditioner`, such as `bnp()`; got `{name}`."
         raise ValueError(msg)
     return value

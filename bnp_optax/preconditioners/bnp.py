@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from bnp_optax._checks import (
     check_above_one,
     check_choice,
+    check_flag,
     check_fraction,
     check_non_negative,
     check_positive,
@@ -142,8 +143,9 @@ def bnp(
     A derivative through an update takes the running statistics for constants.
 
     Raises:
-      ValueError: If a hyper-parameter is out of its range; at `init`, if a kernel is complex or
-        `layers` or `fixed` does not fit; at `update`, if `layer_stats` does not fit.
+      ValueError: If a hyper-parameter is out of its range, or `fixed` is not finite; at `init`, if
+        a kernel is complex or `layers` or `fixed` does not fit; at `update`, if `layer_stats` does
+        not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -169,10 +171,16 @@ def bnp(
     check_non_negative("eps_rel", eps_rel)
     check_non_negative("eps_abs", eps_abs)
     check_choice("variance", variance, ("auto", "batch", "running"))
-    if isinstance(scale, str):
-        check_choice("scale", scale, ("network",))
+    check_flag("scale", scale, "network")
+    for name, flag in (
+        ("warm_start", warm_start),
+        ("scale_bias", scale_bias),
+        ("scale_others", scale_others),
+    ):
+        check_flag(name, flag)
     check_non_negative("shrinkage", 0.0 if shrinkage is None else shrinkage)
-    check_positive("batch_size", batch_size)
+    if batch_size is not None:
+        check_positive("batch_size", batch_size)
     check_above_one("max_ratio", max_ratio)
     check_layers(layers)
     held = {name: held_statistics(stats) for name, stats in (fixed or {}).items()}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from bnp_optax._tree import quoted
+from bnp_optax._tree import is_concrete, quoted
 from bnp_optax.statistics import Layer, LayerStats
 
 # In float32 an input whose variance is a smaller part of its squared mean is constant.
@@ -13,7 +13,12 @@ _CONSTANT = 1e-12
 
 
 def held_statistics(stats: LayerStats) -> LayerStats:
-    """Statistics in which constant inputs vary by their size, whatever their units."""
+    """Statistics in which constant inputs vary by their size, whatever their units.
+
+    Raises:
+      ValueError: If they are not finite.
+    """
+    _check_finite(stats)
     square = stats.mean**2
     size = jnp.where(square > 0.0, square, 1.0)
     varies = stats.total_variance > _CONSTANT * square
@@ -37,3 +42,14 @@ def check_fixed(fixed: Mapping[str, LayerStats], found: Mapping[str, Layer]) -> 
                 "`layers=find_layers(...)` where kernels are not named `kernel`."
             )
             raise ValueError(msg)
+
+
+def _check_finite(stats: LayerStats) -> None:
+    """Raise if statistics that have values are not finite: P would keep them for good."""
+    moments = stats.mean, stats.var, stats.sq_mean
+    if is_concrete(moments) and not all(bool(jnp.all(jnp.isfinite(x))) for x in moments):
+        msg = (
+            f"`fixed` has statistics of `{stats.layer.kernel}` that are not finite. Take them, by "
+            "`start_in_zspace` or `dataset_statistics`, from data without NaN and infinity."
+        )
+        raise ValueError(msg)

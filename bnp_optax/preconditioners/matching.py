@@ -22,7 +22,8 @@ _HOW_TO_PASS = (
 _DROPPED = (
     " If you did, what is around dropped it: `optax.MultiSteps` inside a chain does (use "
     "`bnp_optax.multi_steps` in its place), and `in_zspace` keeps it from what runs in z, whose "
-    "inputs it does not describe (make one P of two by `bnp_optax.compose`)."
+    "inputs it does not describe (take one `in_zspace`; one P of two, each with `layers` of its "
+    "own, makes `bnp_optax.compose`)."
 )
 _FIND_LAYERS = "`layers=bnp_optax.find_layers(loss_fn, params, ...)`"
 

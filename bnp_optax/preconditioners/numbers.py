@@ -72,11 +72,22 @@ class Numbers(NamedTuple):
 
 def check_length(vector: Float[Array, "_"]) -> None:
     """Raise unless a state has as many numbers for a layer as there are."""
+    check_alone("bnp", vector)
     if len(vector) != len(Numbers._fields):
         msg = (
             f"The state of `bnp` has {len(vector)} numbers for a layer, but this version keeps "
             f"{len(Numbers._fields)}: it is a state of an older version. Call `init` on the "
             "parameters, and train a few hundred steps for the running statistics to settle."
+        )
+        raise ValueError(msg)
+
+
+def check_alone(preconditioner: str, vector: Array) -> None:
+    """Raise if a vector of the state of one network has more axes, being of several networks."""
+    if jnp.ndim(vector) > 1:
+        msg = (
+            f"The state of `{preconditioner}` is that of several networks, stacked: call what "
+            "takes it under `jax.vmap`, as in `jax.vmap(bnp_optax.metrics)(opt_state)`."
         )
         raise ValueError(msg)
 

@@ -68,7 +68,7 @@ def start(layer: Layer, rank: int, max_fan_in: int) -> Running:
 
 
 def moved(
-    before: Running, stats: LayerStats, decay: ArrayLike, refresh_every: int
+    before: Running, stats: LayerStats, decay: ArrayLike, refresh_every: ArrayLike
 ) -> tuple[Running, Bool[Array, ""]]:
     """The running statistics with those of a batch, and whether to decompose the covariance now.
 
@@ -170,7 +170,7 @@ def _are_valid(batch: Array, new_variances: Array, count: Array) -> Bool[Array, 
     return jnp.all(jnp.isfinite(sums)) & jnp.all(variances >= 0.0)
 
 
-def _is_due(entered: Array, refresh_every: int) -> Bool[Array, ""]:
+def _is_due(entered: Array, refresh_every: ArrayLike) -> Bool[Array, ""]:
     """Whether to decompose after so many batches: 1, 2, 4, 8, .. and multiples of the period."""
     number = entered.astype(jnp.int32)
     early = (number & (number - 1)) == 0

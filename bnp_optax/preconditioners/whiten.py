@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from bnp_optax import sketches
-from bnp_optax._checks import check_count, check_fraction, check_non_negative
+from bnp_optax._checks import check_count, check_fraction, check_non_negative, count_of
 from bnp_optax._tree import mask_leaves, named_leaves, replace_leaves
 from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.base import Preconditioner
@@ -81,8 +81,9 @@ def whiten(
       in a layer until its first statistics have come.
 
     Raises:
-      ValueError: If a hyper-parameter is out of its range; at `init`, if a kernel is complex or
-        `layers` does not fit; at `update`, if `layer_stats` does not fit or has no second moments.
+      ValueError: If a hyper-parameter is out of its range; at `init`, if a kernel is complex,
+        `layers` does not fit, or `rank` or `max_fan_in` is traced; at `update`, if `layer_stats`
+        does not fit or has no second moments.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -111,7 +112,7 @@ def whiten(
         ("rank", rank),
         ("max_fan_in", max_fan_in),
     ):
-        check_count(name, 0 if count is None else count)
+        check_count(name, count, optional=False, traced=True)
     check_layers(layers)
 
     def hyper() -> Array:
@@ -119,7 +120,8 @@ def whiten(
 
     def init(params: Any) -> WhitenState:
         found = layers_of(params, layers)
-        parts = {name: start(layer, rank, max_fan_in) for name, layer in found.items()}
+        sizes = count_of("rank", rank), count_of("max_fan_in", max_fan_in)
+        parts = {name: start(layer, *sizes) for name, layer in found.items()}
         return WhitenState._make([*_fields(mask_leaves(params), parts), hyper()])
 
     def update(

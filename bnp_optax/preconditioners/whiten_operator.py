@@ -28,6 +28,7 @@ from bnp_optax.layers import Layers
 from bnp_optax.preconditioners import centering
 from bnp_optax.preconditioners.base import Operator
 from bnp_optax.preconditioners.layout import layers_of
+from bnp_optax.preconditioners.numbers import check_alone
 from bnp_optax.statistics import Layer
 
 # The least lambda: what inputs that never vary are divided by.
@@ -113,6 +114,7 @@ class Root(NamedTuple):
 def roots(state: WhitenState) -> dict[str, Root]:
     """S of each layer, by the name of its kernel."""
     means, _, vectors, values, numbers = map(named_leaves, state[:-1])
+    check_alone("whiten", state.hyper)
     exponent, damping = state.hyper
     result = {}
     for name, s in values.items():

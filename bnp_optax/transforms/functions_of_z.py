@@ -5,8 +5,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from bnp_optax.preconditioners import Operator
+from bnp_optax.transforms.integers import integers_held, is_integer
 
 Function = Callable[..., Any]
 
@@ -80,5 +83,10 @@ def derivative_of(grad_fn: Function, params: Any, direction: Any) -> Any:
 
 
 def _forward_over_reverse(grad_fn: Function, params: Any, direction: Any) -> Any:
-    direction = jax.tree.map(lambda p, d: d.astype(p.dtype), params, direction)
-    return jax.jvp(grad_fn, (params,), (direction,))[1]
+    def tangent(p: Any, d: Any) -> Any:
+        # The type that JAX has for the derivatives of integers, all of them zero.
+        return np.zeros(jnp.shape(p), jax.dtypes.float0) if is_integer(p) else d.astype(p.dtype)
+
+    direction = jax.tree.map(tangent, params, direction)
+    _, derivative = jax.jvp(grad_fn, (params,), (direction,))
+    return integers_held(derivative, params)

@@ -9,10 +9,11 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-from bnp_optax._checks import check_choice, check_non_negative, check_positive
+from bnp_optax._checks import check_choice, check_positive, check_rate
 from bnp_optax.preconditioners import Preconditioner
 from bnp_optax.preconditioners.base import check_preconditioner
 from bnp_optax.transforms.functions_of_z import derivative_of, gradient_of
+from bnp_optax.transforms.integers import integers_held, integers_passed, is_integer
 
 Norm = Literal["squared", "l2"]
 Mode = Literal["exact", "forward", "backward"]
@@ -148,7 +149,7 @@ def _regularization(
     radius: ArrayLike,
     preconditioner: Preconditioner | None,
 ) -> optax.GradientTransformationExtraArgs:
-    check_non_negative("strength", strength)
+    check_rate("strength", strength)
     check_choice("norm", norm, ("squared", "l2"))
     check_choice("mode", mode, ("exact", "forward", "backward"))
     check_positive("radius", radius)
@@ -161,6 +162,7 @@ def _regularization(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, GradientRegularizationState]:
         grad_fn = _grad_fn(params, extra_args)
+        came, updates = updates, integers_held(updates, params)
         p_state = state.preconditioner
         in_z, direction = updates, updates
         if preconditioner is not None:
@@ -181,6 +183,7 @@ def _regularization(
             curvature = _difference(grad_fn, params, updates, direction, step * inverse)
             weight = (2.0 * weight * length if norm == "squared" else weight) / step
         updates = jax.tree.map(lambda g, h: (g + weight * h).astype(g.dtype), updates, curvature)
+        updates = integers_passed(updates, came, params)
         return updates, GradientRegularizationState(state.count + 1, p_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -205,5 +208,12 @@ def _grad_fn(params: Any, extra_args: dict[str, Any]) -> GradFn:
 
 def _difference(grad_fn: GradFn, params: Any, grads: Any, direction: Any, step: Array) -> Any:
     """The gradient at a distance along `direction`, less that at `params`."""
-    moved = jax.tree.map(lambda p, d: (p + step * d).astype(p.dtype), params, direction)
-    return jax.tree.map(jnp.subtract, grad_fn(moved), grads)
+
+    def moved(p: Array, d: Array) -> Array:
+        return p if is_integer(p) else (p + step * d).astype(p.dtype)
+
+    def difference(there: Array, here: Array) -> Array:
+        return here if is_integer(here) else there - here
+
+    there = grad_fn(jax.tree.map(moved, params, direction))
+    return jax.tree.map(difference, there, grads)

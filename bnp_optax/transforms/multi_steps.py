@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from bnp_optax import sketches
+from bnp_optax._checks import check_count, check_flag, check_transformation
 from bnp_optax._explicit import fitted
 from bnp_optax._tree import named_leaves, replace_leaves
 from bnp_optax.preconditioners.bnp_operator import bnp_states
@@ -52,7 +53,7 @@ class _Moments(NamedTuple):
 
 def multi_steps(
     tx: optax.GradientTransformation,
-    every_k_schedule: int | Callable[[ArrayLike], ArrayLike],
+    every_k_schedule: ArrayLike | Callable[[ArrayLike], ArrayLike],
     use_grad_mean: bool = True,
     should_skip_update_fn: Callable[..., tuple[Bool[Array, ""], Any]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -68,13 +69,17 @@ def multi_steps(
     Args:
       tx: What to run on the averaged gradients, such as `bnp_adam(1e-3)`. For grouped convolutions
         it needs `layers=`.
-      every_k_schedule: Number of microbatches of a step, or a function from the number of steps
-        taken to it.
+      every_k_schedule: Number of microbatches of a step, an integer > 0, or a function from the
+        number of steps taken to it.
       use_grad_mean: Whether to average the gradients, or to add them.
       should_skip_update_fn: As in `optax.MultiSteps`, such as `optax.skip_not_finite`.
 
     Returns:
       A transformation with state `MultiStepsState`. Its updates are zero but for every k-th.
+
+    Raises:
+      ValueError: If `tx` is no transformation or `every_k_schedule` no integer > 0; at `init`, if
+        `tx` preconditions a layer by `bnp` and by `whiten`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -94,7 +99,17 @@ def multi_steps(
       >>> bool(jnp.allclose(parts, step(tx, [x]), rtol=1e-4))
       True
     """
-    multi = optax.MultiSteps(tx, every_k_schedule, use_grad_mean, should_skip_update_fn)
+    check_transformation("tx", tx)
+    check_flag("use_grad_mean", use_grad_mean)
+    if not callable(every_k_schedule):
+        check_count("every_k_schedule", every_k_schedule, optional=False, traced=True)
+
+    def n_microbatches(n_steps: ArrayLike) -> ArrayLike:
+        # In the type of Optax's counters, which another would promote.
+        k = every_k_schedule
+        return k(n_steps) if callable(k) else jnp.asarray(k, jnp.int32)
+
+    multi = optax.MultiSteps(tx, n_microbatches, use_grad_mean, should_skip_update_fn)
 
     def init_fn(params: optax.Params) -> MultiStepsState:
         state = multi.init(params)

@@ -9,11 +9,19 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from bnp_optax._checks import check_count, check_fraction, check_non_negative, check_positive
+from bnp_optax._checks import (
+    check_count,
+    check_flag,
+    check_fraction,
+    check_non_negative,
+    check_positive,
+    count_of,
+)
 from bnp_optax._explicit import fitted, replicated
 from bnp_optax._tree import named_leaves, replace_leaves
 from bnp_optax.layers import Layers, check_layers
 from bnp_optax.preconditioners.layout import from_matrix, layers_of, to_matrix
+from bnp_optax.transforms.integers import is_integer
 
 # Jordan's: they raise small singular values as fast as they can, and end between 0.7 and 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -25,7 +33,7 @@ class OrthogonalizeState(NamedTuple):
     Attributes:
       count: Number of gradients seen.
       mu: At kernels, the momentum; a mask elsewhere.
-      adam: State of Adam, for the other parameters.
+      adam: State of Adam, for the other parameters; a mask at integers.
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -98,8 +106,10 @@ def orthogonalize(
     al., "Muon is Scalable for LLM Training", 2025, for `rms`.
     """
     check_fraction("momentum", momentum)
-    check_count("n_steps", 0 if n_steps is None else n_steps)
-    check_positive("rms", rms)
+    check_flag("nesterov", nesterov)
+    check_count("n_steps", n_steps, optional=False, traced=True)
+    if rms is not None:
+        check_positive("rms", rms)
     check_non_negative("eps", eps)
     check_fraction("b1", b1)
     check_fraction("b2", b2)
@@ -116,15 +126,16 @@ def orthogonalize(
         return _masked(tree, others), _masked(tree, kernels)
 
     def init_fn(params: optax.Params) -> OrthogonalizeState:
-        kernels, others = parted(params)
+        kernels, others = parted(_without_integers(params, params))
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, _at_least_float32(p)), kernels)
         return OrthogonalizeState(jnp.zeros((), jnp.int32), mu, adam.init(others))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, OrthogonalizeState]:
-        del params, extra_args
-        kernels, others = parted(updates)
+        del extra_args
+        real = _without_integers(updates, updates if params is None else params)
+        kernels, others = parted(real)
         grads = jax.tree.map(lambda g: g.astype(_at_least_float32(g)), kernels)
         mu = jax.tree.map(lambda m, g: momentum * m + (1.0 - momentum) * g, state.mu, grads)
         count: Any = optax.safe_increment(state.count)
@@ -141,20 +152,25 @@ def orthogonalize(
 
         directions = named_leaves(jax.tree.map(direction, mu, grads))
         given, new = named_leaves(kernels), {}
-        for name, layer in layers_of(updates, layers).items():
+        for name, layer in layers_of(real, layers).items():
             # In a mesh of explicit axes each device sees, and orthogonalizes, the whole matrix.
             x = to_matrix(layer, replicated(directions[name]))
             fan_in, fan_out = x.shape[-2:]
             size = max(1.0, fan_out / fan_in) ** 0.5
             if rms is not None:
                 size = rms * max(fan_in, fan_out) ** 0.5
-            x = size * _orthogonal(x, n_steps, tuple(coefficients), eps)
+            x = size * _orthogonal(x, count_of("n_steps", n_steps), tuple(coefficients), eps)
             new[name] = fitted(from_matrix(layer, x).astype(given[name].dtype), given[name])
         other_updates, adam_state = adam.update(others, state.adam)
         new |= named_leaves(other_updates)
         return replace_leaves(updates, new), OrthogonalizeState(count, mu, adam_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _without_integers(tree: Any, params: Any) -> Any:
+    """`tree` without the leaves that are integers in `params`, which no step moves."""
+    return _masked(tree, [name for name, p in named_leaves(params).items() if is_integer(p)])
 
 
 def _masked(tree: Any, names: Iterable[str]) -> Any:

@@ -4,9 +4,11 @@ from typing import Any, NamedTuple, Unpack
 
 import optax
 
+from bnp_optax._checks import check_transformation
 from bnp_optax.preconditioners import BNPOptions, Preconditioner, bnp, takes_options
 from bnp_optax.preconditioners.base import check_preconditioner
 from bnp_optax.transforms.extra_args import update_inner
+from bnp_optax.transforms.integers import integers_held, integers_passed
 
 
 class PreconditionState(NamedTuple):
@@ -39,6 +41,9 @@ def precondition(
       A transformation whose state is the preconditioner's, or `PreconditionState` with `before`.
       `update` passes extra arguments, such as `layer_stats`, on to the preconditioner.
 
+    Raises:
+      ValueError: If `preconditioner` or `before` is something else.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> import flax.linen as nn
@@ -58,6 +63,8 @@ def precondition(
     Regularization", (5).
     """
     check_preconditioner(preconditioner)
+    if before is not None:
+        check_transformation("before", before)
     first = None if before is None else optax.with_extra_args_support(before)
 
     def init_fn(params: optax.Params) -> Any:
@@ -67,13 +74,15 @@ def precondition(
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
+        came, updates = updates, integers_held(updates, params)
         p_state = state if first is None else state.preconditioner
         p_state = preconditioner.update(updates, p_state, params, **extra_args)
         P = preconditioner.operator(p_state)
         if first is None:
-            return P.gram(updates), p_state
+            return integers_passed(P.gram(updates), came, params), p_state
         updates, first_state = update_inner(first, updates, state.before, params, extra_args)
-        return P.gram(updates), PreconditionState(p_state, first_state)
+        updates = P.gram(integers_held(updates, params))
+        return integers_passed(updates, came, params), PreconditionState(p_state, first_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

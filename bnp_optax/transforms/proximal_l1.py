@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from bnp_optax._checks import check_non_negative
+from bnp_optax._checks import check_rate
 from bnp_optax._tree import BIAS, is_named, path_name
+from bnp_optax.transforms.integers import is_integer
 
 
 class ProximalL1State(NamedTuple):
@@ -68,8 +69,8 @@ def proximal_l1(
     Source: Ye, "Preconditioning for Accelerated Gradient Descent Optimization and
     Regularization" (L1 by the same argument as (9)); Parikh and Boyd, "Proximal Algorithms", 2014.
     """
-    check_non_negative("strength", strength)
-    check_non_negative("learning_rate", learning_rate)
+    check_rate("strength", strength)
+    check_rate("learning_rate", learning_rate)
 
     def init_fn(params: optax.Params) -> ProximalL1State:
         del params
@@ -86,6 +87,8 @@ def proximal_l1(
         threshold = scalars[0] * scalars[1]
 
         def proximal(u: Array, p: Array) -> Array:
+            if is_integer(p):
+                return u
             stepped = p + u
             shrunk = jnp.sign(stepped) * jnp.maximum(jnp.abs(stepped) - threshold, 0.0)
             return (shrunk - p).astype(u.dtype)

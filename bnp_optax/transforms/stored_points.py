@@ -5,23 +5,30 @@ mechanize, DoG and Prodigy where they started. Inside `in_zspace` such a point i
 z = P_old^-1 p. With P refreshed it would stand for another p, and pull the parameters there. So it
 becomes P_new^-1 P_old z, which stands for the p that it stood for.
 
-Which leaves of a state are points is seen from `init`: they are copies of its argument. That is
-not enough for an optimizer that places the parameters at x0 - (a sum of gradients): the sum is one
-of older z. Such optimizers are refused.
+Which leaves of a state are points is seen from `init`: they are copies of its argument. What it
+makes of the parameters in another way, such as one vector of them all, cannot be carried, and is
+refused; but for single numbers, such as their norm, which stand for no place.
+
+That is not enough for an optimizer that places the parameters at x0 - (a sum of gradients): the sum
+is one of older z. Such optimizers are refused too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import Var
+from jax.extend.core import Literal
 
+from bnp_optax._tree import named_leaves, quoted, replace_leaves
+from bnp_optax.capture.jaxprs import bare, called, is_call, is_identity
 from bnp_optax.preconditioners import Operator
 
-# Of operations, those that copy.
-_COPIES = ("copy", "copy_p", "convert_element_type", "optimization_barrier")
+# Copies too, beside those of `is_identity`.
+_COPIES = {"convert_element_type", "stop_gradient"}
+# What a value has for its source that depends on parameters and is no copy of one.
+_NO_COPY = -1
 # Of optimizers that cannot run in z, the state, what to call it, and why.
 _SUMMED = "it places the parameters by a sum of gradients in z, and P moves what z stands for"
 _REFUSED = {
@@ -55,28 +62,33 @@ def check_runs_in_z(state: Any) -> None:
 
 
 def find_points(init: Callable[[Any], Any], params: Any) -> Pairs:
-    """Which leaves of `init(params)` are copies of which leaves of `params`, by their places."""
+    """Which leaves of `init(params)` are copies of which leaves of `params`, by their places.
+
+    Raises:
+      ValueError: If one depends on parameters and is no copy.
+    """
     leaves, treedef = jax.tree.flatten(params)
 
-    def state_leaves(leaves: list[Any]) -> list[Any]:
+    def state_of(leaves: list[Any]) -> Any:
         z = treedef.unflatten(leaves)
 
         # L-BFGS keeps the last parameters, which it starts from zeros.
         def with_params(node: Any) -> Any:
-            whole = _is_lbfgs(node) and jax.tree.structure(node.params) == treedef
-            return node._replace(params=z) if whole else node
+            return node._replace(params=_filled(node.params, z)) if _is_lbfgs(node) else node
 
-        return jax.tree.leaves(jax.tree.map(with_params, init(z), is_leaf=_is_lbfgs))
+        return jax.tree.map(with_params, init(z), is_leaf=_is_lbfgs)
 
-    jaxpr = jax.make_jaxpr(state_leaves)(leaves).jaxpr
-    source = {var: i for i, var in enumerate(jaxpr.invars)}
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _COPIES:
-            for old, new in zip(eqn.invars, eqn.outvars, strict=True):
-                if isinstance(old, Var) and old in source:
-                    source[new] = source[old]
-    outputs = enumerate(jaxpr.outvars)
-    return tuple((i, source[v]) for i, v in outputs if isinstance(v, Var) and v in source)
+    closed, state = jax.make_jaxpr(state_of, return_shape=True)(leaves)
+    sources = _sources(closed.jaxpr, range(len(leaves)))
+    paths = jax.tree_util.tree_flatten_with_path(state)[0]
+    changed = [
+        jax.tree_util.keystr(path)
+        for (path, leaf), source in zip(paths, sources, strict=True)
+        if source == _NO_COPY and leaf.ndim and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    if changed:
+        raise ValueError(_changed_message(changed))
+    return tuple((i, of) for i, of in enumerate(sources) if of is not None and of != _NO_COPY)
 
 
 def carry_points(state: Any, points: Pairs, params: Any, old: Operator, new: Operator) -> Any:
@@ -118,3 +130,44 @@ def forget_value(state: Any) -> Any:
 
 def _is_lbfgs(node: Any) -> bool:
     return isinstance(node, optax.ScaleByLBFGSState)
+
+
+def _filled(kept: Any, z: Any) -> Any:
+    """The parameters in the tree that an optimizer keeps, which may be masked."""
+    places, values = named_leaves(kept), named_leaves(z)
+    if any(name not in values or values[name].shape != x.shape for name, x in places.items()):
+        raise ValueError(_changed_message(["ScaleByLBFGSState.params"]))
+    return replace_leaves(kept, {name: values[name] for name in places})
+
+
+def _changed_message(places: Sequence[str]) -> str:
+    return (
+        f"`inner` cannot run inside `in_zspace`: its state keeps at {quoted(places)} parameters in "
+        "another form than theirs, such as `optax.flatten` makes, and these cannot be carried "
+        "along when P moves. Leave out what changes their form; or if they are not meant to be "
+        "kept, let its `init` begin with `jnp.zeros_like`."
+    )
+
+
+def _sources(jaxpr: Any, given: Sequence[int | None]) -> list[int | None]:
+    """What the outputs of a jaxpr are copies of, where its inputs are copies of `given`.
+
+    None for what does not depend on any of these, `_NO_COPY` for what does in another way.
+    """
+    source = dict(zip(jaxpr.invars, given, strict=True))
+
+    def of(atom: Any) -> int | None:
+        return None if isinstance(atom, Literal) else source.get(atom)
+
+    for eqn in jaxpr.eqns:
+        operands = [of(atom) for atom in eqn.invars]
+        inner = called(eqn) if is_call(eqn) else None
+        if inner is not None:
+            results = _sources(bare(inner), operands)
+        elif is_identity(eqn) or eqn.primitive.name in _COPIES:
+            results = operands
+        else:
+            depends = any(operand is not None for operand in operands)
+            results = [_NO_COPY if depends else None] * len(eqn.outvars)
+        source.update(zip(eqn.outvars, results, strict=True))
+    return [of(atom) for atom in jaxpr.outvars]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bnp_optax._checks import check_non_negative
+from bnp_optax._checks import check_rate
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
@@ -81,11 +81,22 @@ def pspace_weight_decay(
 def _decay(
     weight_decay: optax.ScalarOrSchedule, mask: Mask
 ) -> optax.GradientTransformationExtraArgs:
-    check_non_negative("weight_decay", weight_decay)
+    check_rate("weight_decay", weight_decay)
 
-    def real(params: optax.Params) -> Any:
-        return jax.tree.map(lambda p: jnp.issubdtype(jnp.result_type(p), jnp.inexact), params)
+    def decay_of(params: optax.Params) -> optax.GradientTransformation:
+        real = jax.tree.map(lambda p: jnp.issubdtype(jnp.result_type(p), jnp.inexact), params)
+        # Integer leaves, which no gradient step moves, are left alone.
+        return optax.masked(optax.add_decayed_weights(weight_decay, mask), real)
 
-    # Integer leaves, which no gradient step moves, are left alone.
-    decay = optax.masked(optax.add_decayed_weights(weight_decay, mask), real)
-    return optax.with_extra_args_support(decay)
+    def init_fn(params: optax.Params) -> Any:
+        return decay_of(params).init(params)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        del extra_args
+        # Optax would ask a function for the mask of the updates, which tell less.
+        decay = decay_of(updates if params is None else params)
+        return decay.update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from bnp_optax._checks import check_transformation
 from bnp_optax.preconditioners import Preconditioner
 from bnp_optax.preconditioners.base import check_preconditioner
 from bnp_optax.transforms.extra_args import update_inner
 from bnp_optax.transforms.functions_of_z import GradientInZ, Point, ValueInZ
+from bnp_optax.transforms.integers import integers_held
 from bnp_optax.transforms.stored_points import (
     carry_points,
     check_runs_in_z,
@@ -43,8 +45,9 @@ def in_zspace(
 
     This is how an adaptive optimizer meets a preconditioner. Whatever `inner` looks at is mapped:
     gradients and the extra argument `grad` by P^T, parameters by P^-1, and the functions
-    `grad_fn` and `value_fn` become functions of z. So a regularizer in `inner` acts on z: with
-    `optax.adamw`, decay shrinks z, which is decoupled decay of p.
+    `grad_fn`, `value_fn` and `obj_fn` become functions of z. So a regularizer in `inner` acts on z:
+    with `optax.adamw`, decay shrinks z, which is decoupled decay of p. Extra arguments of other
+    names come as they are. Parameters that are integers stay as they are.
 
     Parameters that `inner` keeps in its state, as schedule-free does, are carried along when P
     moves, so that they stand for the same p. `optax.value_and_grad_from_state` works, but
@@ -66,8 +69,9 @@ def in_zspace(
       A transformation with state `InZspaceState`.
 
     Raises:
-      ValueError: At `init`, if `inner` is one of the few that cannot run in z: lookahead, COCOB,
-        MADGRAD.
+      ValueError: If an argument is something else; at `init`, if `inner` is one of the few that
+        cannot run in z: lookahead, COCOB, MADGRAD, and what keeps parameters in another form than
+        theirs, as a vector in `optax.flatten` does.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -89,6 +93,9 @@ def in_zspace(
     Regularization", (4) and (9).
     """
     check_preconditioner(preconditioner)
+    check_transformation("inner", inner)
+    if before is not None:
+        check_transformation("before", before)
     inner = optax.with_extra_args_support(inner)
     first = optax.with_extra_args_support(before or optax.identity())
 
@@ -97,16 +104,20 @@ def in_zspace(
         z = preconditioner.operator(state).solve(params)
         inner_state = inner.init(z)
         check_runs_in_z(inner_state)
+        points_in(z)
         return InZspaceState(state, inner_state, first.init(params))
 
     @functools.cache
     def points_of(treedef: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
         return find_points(inner.init, treedef.unflatten(shapes))
 
+    def points_in(params: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(params)
+        return points_of(treedef, tuple(map(jax.typeof, leaves)))
+
     def carried(state: InZspaceState, params: Any, P: Any) -> Any:
         """The inner state, whose points stand for the same parameters under the new P."""
-        leaves, treedef = jax.tree.flatten(params)
-        points = points_of(treedef, tuple(map(jax.typeof, leaves)))
+        points = points_in(params)
         if not points:
             return state.inner
         old = preconditioner.operator(state.preconditioner)
@@ -115,14 +126,17 @@ def in_zspace(
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, InZspaceState]:
+        updates = integers_held(updates, params)
         p_state = preconditioner.update(updates, state.preconditioner, params, **extra_args)
         updates, first_state = update_inner(first, updates, state.before, params, extra_args)
+        updates = integers_held(updates, params)
         P = preconditioner.operator(p_state)
         z = None if params is None else P.solve(params)
         inner_state = state.inner if params is None else carried(state, params, P)
         in_z = {
             "grad": P.transpose,
             "value_fn": lambda value_fn: ValueInZ(value_fn, Point(P, params, z)),
+            "obj_fn": lambda obj_fn: ValueInZ(obj_fn, Point(P, params, z)),
             "grad_fn": lambda grad_fn: GradientInZ(grad_fn, Point(P, params, z)),
         }
         for name, mapped in in_z.items():
@@ -131,7 +145,7 @@ def in_zspace(
         z_updates, inner_state = update_inner(
             inner, P.transpose(updates), inner_state, z, extra_args
         )
-        updates = P.mv(z_updates)
+        updates = P.mv(integers_held(z_updates, params))
         if params is not None:
             updates = jax.tree.map(_exact_zero, updates, params)
         return updates, InZspaceState(p_state, forget_value(inner_state), first_state)

@@ -50,12 +50,21 @@ def test_ends_where_one_device_does(mode, optimizer):
     assert error(found, reference(optimizer)) < TOLERANCE
 
 
+def in_two_parts():
+    """`bnp` in the first layer, `whiten` behind."""
+    x, y = training.batches()
+    layers = bnp_optax.find_layers(training.loss_of(), training.initial(), x[0], y[0])
+    first, *rest = layers
+    return bnp_optax.compose(
+        bnp_optax.bnp(batch_size=BATCH, layers={first: layers[first]}),
+        bnp_optax.whiten(layers={name: layers[name] for name in rest}),
+    )
+
+
 OTHERS = {
     "mean_activation": lambda: bnp_optax.in_zspace(optax.sgd(0.1), bnp_optax.mean_activation()),
     "orthogonalize": lambda: optax.chain(bnp_optax.orthogonalize(), optax.scale(-0.01)),
-    "compose": lambda: bnp_optax.in_zspace(
-        optax.sgd(0.01), bnp_optax.compose(bnp_optax.bnp(batch_size=BATCH), bnp_optax.whiten())
-    ),
+    "compose": lambda: bnp_optax.in_zspace(optax.sgd(0.01), in_two_parts()),
     "multi_steps": lambda: bnp_optax.multi_steps(bnp_optax.bnp_sgd(0.1, batch_size=BATCH), 2),
 }
 

@@ -125,6 +125,15 @@ def test_metrics_of_gains_and_updates():
         bnp_optax.metrics(state, updates={"w2": updates["w2"]})
 
 
+@pytest.mark.parametrize("preconditioner", [bnp_optax.bnp(), bnp_optax.whiten()])
+def test_metrics_of_several_networks_at_once(preconditioner):
+    params = {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((2, 4))}
+    stacked = jax.vmap(preconditioner.init)(params)
+    with pytest.raises(ValueError, match=r"is that of several networks, stacked.*jax\.vmap\(bnp_o"):
+        bnp_optax.metrics(stacked)
+    assert jax.vmap(bnp_optax.metrics)(stacked)["kappa/kernel"].shape == (2,)
+
+
 def test_metrics_of_a_layer_that_did_not_run_and_of_no_state():
     def idle(stats):
         zeros = jnp.zeros_like(stats["w1"].count)

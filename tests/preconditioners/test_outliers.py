@@ -130,7 +130,7 @@ def test_a_dead_layer_that_wakes_is_not_held_back():
 
 @pytest.mark.parametrize("value", [1.0, 0.0, -2.0, float("inf")])
 def test_a_bound_below_what_comes_is_refused(value):
-    with pytest.raises(ValueError, match="`max_ratio` must be finite and > 1, or None; got"):
+    with pytest.raises(ValueError, match="`max_ratio` must be finite and > 1, or None, got"):
         bnp_optax.bnp(max_ratio=value)
 
 

@@ -215,7 +215,7 @@ def test_one_q_for_stacked_layers_as_for_the_same_layers_apart():
     ("options", "message"),
     [
         ({"shrinkage": -1.0}, r"`shrinkage` must be finite and >= 0, got -1\.0"),
-        ({"scale": "layer"}, r"`scale` must be one of 'network'; got 'layer'"),
+        ({"scale": "layer"}, r"`scale` must be one of True, False, 'network'; got 'layer'"),
     ],
 )
 def test_options_out_of_range(options, message):

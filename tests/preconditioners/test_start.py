@@ -223,6 +223,44 @@ def test_errors():
     params = Net().init(jax.random.key(0), X[0])["params"]
     with pytest.raises(ValueError, match="`batches` is empty"):
         bnp_optax.start_in_zspace(loss_fn, params, [])
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        bnp_optax.start_in_zspace(loss_fn, params, [(jnp.zeros((0, 3)), jnp.zeros(0))])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_number_that_is_not_finite_is_told_by_its_batch_and_layer(value):
+    x = in_units(UNITS[0])
+    z = Net().init(jax.random.key(0), x[0])["params"]
+    batches = [(x[0], Y[0]), (x[1].at[3, 1].set(value), Y[1])]
+    message = "Batch 1 of `batches`, counted from 0, has inputs of `first/kernel` that are not fin"
+    for function in (bnp_optax.start_in_zspace, bnp_optax.dataset_statistics):
+        with pytest.raises(ValueError, match=message):
+            function(loss_fn, z, batches)
+
+
+def test_a_batch_of_no_rows_counts_for_nothing():
+    x = in_units(UNITS[0])
+    z = Net().init(jax.random.key(0), x[0])["params"]
+    none = (x[0][:0], Y[0][:0])
+    _, fixed = bnp_optax.start_in_zspace(loss_fn, z, [none, (x[0], Y[0])])
+    _, expected = bnp_optax.start_in_zspace(loss_fn, z, [(x[0], Y[0])])
+    np.testing.assert_array_equal(fixed["first/kernel"].mean, expected["first/kernel"].mean)
+
+
+@pytest.mark.parametrize("field", ["mean", "var", "sq_mean"])
+def test_fixed_statistics_that_are_not_finite(field):
+    fixed = fixed_of(7)
+    broken = getattr(fixed["kernel"], field).at[1].set(jnp.nan)
+    fixed = {"kernel": dataclasses.replace(fixed["kernel"], **{field: broken})}
+    message = "`fixed` has statistics of `kernel` that are not finite.*`dataset_statistics`"
+    for make in (bnp_optax.bnp_adam, bnp_optax.bnp):
+        with pytest.raises(ValueError, match=message):
+            make(fixed=fixed)
+
+
+def test_traced_fixed_statistics_are_not_looked_at():
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    jax.eval_shape(lambda fixed: bnp_optax.bnp(fixed=fixed).init(params), fixed_of(7))
 
 
 WHITENED = {"whiten_adam": bnp_optax.whiten_adam, "whiten_muon": bnp_optax.whiten_muon}

@@ -270,6 +270,6 @@ def test_the_state_of_another_network():
 
 
 def test_bnp_and_whiten_of_one_layer_in_multi_steps():
-    both = bnp_optax.in_zspace(optax.sgd(0.1), bnp_optax.compose(whiten(), bnp()))
+    both = optax.chain(bnp_optax.precondition(whiten()), bnp_optax.precondition(bnp()))
     with pytest.raises(ValueError, match="`kernel` is preconditioned by `bnp` and by `whiten`"):
         bnp_optax.multi_steps(both, 2).init(CASES["dense"].params)

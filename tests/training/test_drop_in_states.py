@@ -98,8 +98,9 @@ class Recorded(NamedTuple):
 def test_functions_of_parameters_are_given_bare_ones():
     seen = {}
 
-    def update(updates, state, params=None, *, value_fn, grad_fn, grad, value, layer_stats):
+    def update(updates, state, params=None, *, value_fn, obj_fn, grad_fn, grad, value, layer_stats):
         seen.update(value=value, grad=grad, fn=value_fn(params), by=grad_fn(params))
+        seen.update(objective=obj_fn(params))
         assert set(layer_stats) == set(LAYERS)
         return updates, state
 
@@ -114,9 +115,11 @@ def test_functions_of_parameters_are_given_bare_ones():
         value=value,
         grad=grads,
         value_fn=value_fn,
+        obj_fn=value_fn,
         grad_fn=jax.grad(value_fn),
     )
     assert float(seen["value"]) == pytest.approx(float(seen["fn"]), rel=1e-6)
+    assert float(seen["objective"]) == float(seen["fn"])
     assert_trees_equal(seen["grad"], bnp_optax.bare_params(grads))
     assert_trees_close(seen["by"], bnp_optax.bare_params(grads), 1e-6)
 

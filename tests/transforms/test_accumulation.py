@@ -256,6 +256,32 @@ def test_a_dynamic_scale_scales_neither_gradients_nor_statistics():
     assert np.any(grads["Dense_0"]["bias"])
 
 
+@pytest.mark.parametrize("k", [0, -1, 2.0, "2", None, jnp.float32(2), np.array([2])])
+def test_numbers_of_microbatches_that_are_none(k):
+    with pytest.raises(ValueError, match="`every_k_schedule` must be an integer > 0, got"):
+        bnp_optax.multi_steps(optax.sgd(0.1), k)
+
+
+@pytest.mark.parametrize("k", [2, np.int64(2), jnp.int32(2), np.array(2), lambda _: 2])
+def test_numbers_of_microbatches_in_any_type(k):
+    tx = bnp_optax.multi_steps(optax.sgd(1.0), k)
+    state = tx.init(jnp.ones(1))
+    moves = []
+    for _ in range(4):
+        updates, state = tx.update(jnp.ones(1), state, jnp.ones(1))
+        moves.append(float(updates[0]))
+    assert moves == [0.0, -1.0, 0.0, -1.0]
+    assert state.multi_steps.mini_step.dtype == jnp.int32
+
+
+def test_an_injected_number_of_microbatches_may_be_set():
+    tx = optax.inject_hyperparams(bnp_optax.multi_steps)(optax.sgd(1.0), every_k_schedule=2)
+    state = tx.init(jnp.ones(1))
+    state.hyperparams["every_k_schedule"] = jnp.int32(1)
+    updates, _ = jax.jit(tx.update)(jnp.ones(1), state, jnp.ones(1))
+    assert float(updates[0]) == -1.0
+
+
 def test_a_step_that_overflows_moves_neither_parameters_nor_statistics():
     state, scale, _ = scaled_step(half_state(), DynamicScale(scale=2.0**16), X[0])
     too_large = scale.replace(scale=jnp.float32(2.0**60))

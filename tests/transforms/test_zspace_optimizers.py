@@ -1,5 +1,6 @@
 """Every optimizer of Optax inside `in_zspace`, while P moves."""
 
+import dataclasses
 import functools
 import inspect
 
@@ -146,6 +147,95 @@ def test_optimizers_that_store_parameters_train_while_statistics_move(name):
         params, state = step(params, state)
     # Those that find their own learning rate start slowly.
     assert float(loss_fn(params)) < 0.9999 * float(loss_fn(PARAMS))
+
+
+def test_points_are_followed_into_a_jitted_init():
+    inner = STORING["schedule_free"]()
+    jitted = optax.GradientTransformationExtraArgs(jax.jit(inner.init), inner.update)
+    tx = in_zspace(jitted, bnp(decay=0.5))
+    for one, two in zip(*map(jax.tree.leaves, (moved("", tx, stats), PARAMS)), strict=True):
+        np.testing.assert_allclose(one, two, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["schedule_free", "mechanize", "lbfgs", "prodigy"])
+def test_parameters_that_are_kept_in_another_form_are_refused(name):
+    message = "state keeps at .*another form than theirs, such as `optax.flatten` makes.*Leave out"
+    with pytest.raises(ValueError, match=message):
+        in_zspace(optax.flatten(STORING[name]()), bnp()).init(PARAMS)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_what_an_optimizer_makes_of_parameters_is_told_by_its_place(jitted):
+    def init(params):
+        halves = jax.tree.map(lambda p: 0.5 * p, params)
+        return {"start": params, "halves": halves, "zeros": jax.tree.map(jnp.zeros_like, params)}
+
+    inner = optax.GradientTransformation(
+        jax.jit(init) if jitted else init, lambda updates, state, params=None: (updates, state)
+    )
+    message = r"keeps at `\['halves'\]\['bias'\]`, `\['halves'\]\['kernel'\]` parameters"
+    with pytest.raises(ValueError, match=message):
+        in_zspace(inner, bnp()).init(PARAMS)
+
+
+def test_a_norm_of_the_parameters_and_a_flattened_memory_may_be_kept():
+    for inner in (
+        optax.contrib.dog(1.0, init_step=("heuristic", 1e-6)),
+        optax.scale_by_distance_over_gradients(),
+        optax.flatten(optax.adam(0.1)),
+    ):
+        in_zspace(inner, bnp()).init(PARAMS)
+
+
+def test_the_last_parameters_of_a_masked_lbfgs_are_carried():
+    inner = optax.masked(STORING["lbfgs"](), {"kernel": True, "bias": False})
+    tx = in_zspace(inner, bnp(decay=0.5))
+    state = tx.init(PARAMS)
+    for t in range(3):
+        _, state = tx.update(ZEROS, state, PARAMS, layer_stats=stats(t))
+    (memory,) = (
+        node
+        for node in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "diff_params_memory"))
+        if hasattr(node, "diff_params_memory")
+    )
+    # P moved z and not p, so no difference of parameters is to be remembered.
+    np.testing.assert_allclose(memory.diff_params_memory["kernel"], 0.0, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["obj_fn", "value_fn"])
+def test_functions_of_the_parameters_become_functions_of_z(name):
+    seen = {}
+
+    def update(updates, state, params=None, **extra):
+        seen.update(z=params, value=extra[name](params))
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    tx = in_zspace(inner, bnp(decay=0.0))
+    loss_fn = lambda p: jnp.sum(p["kernel"] ** 2) + jnp.sum(p["bias"])  # noqa: E731
+    tx.update(ZEROS, tx.init(PARAMS), PARAMS, layer_stats=stats(1), **{name: loss_fn})
+    assert not np.allclose(seen["z"]["kernel"], PARAMS["kernel"], rtol=0.1)
+    np.testing.assert_allclose(seen["value"], loss_fn(PARAMS), rtol=1e-5)
+
+
+def test_sophia_in_z_is_sophia_of_the_loss_of_z():
+    scale = jnp.array([[1.0], [3.0], [0.2]])
+    loss_fn = lambda p: jnp.sum(scale * (p["kernel"] - 1.0) ** 4) + jnp.sum(p["bias"] ** 2)  # noqa: E731
+    inner = optax.contrib.sophia(0.1, gamma=20.0, update_interval=1)
+    layer = Layer("kernel", "bias", (-2,), kernel_shape=(3, 2))
+    fixed = {"kernel": dataclasses.replace(stats(1.0)["kernel"], layer=layer)}
+    P = bnp(fixed=fixed, scale=False)
+    tx, op = in_zspace(inner, P), P.operator(P.init(PARAMS))
+    in_z = lambda z: loss_fn(op.mv(z))  # noqa: E731
+    p, state = PARAMS, tx.init(PARAMS)
+    z, z_state = op.solve(p), inner.init(op.solve(p))
+    for _ in range(3):
+        updates, state = tx.update(jax.grad(loss_fn)(p), state, p, layer_stats=None, obj_fn=loss_fn)
+        p = optax.apply_updates(p, updates)
+        updates, z_state = inner.update(jax.grad(in_z)(z), z_state, z, obj_fn=in_z)
+        z = optax.apply_updates(z, updates)
+    for one, two in zip(*map(jax.tree.leaves, (p, op.mv(z))), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
 def test_a_point_of_some_leaves_only_is_carried_with_the_others():
