@@ -300,3 +300,15 @@ def test_whitening_behind_layers_that_are_held(name):
 def test_whitening_needs_to_know_the_other_layers(options, has):
     with pytest.raises(ValueError, match=f"`fixed` has `kernel`, but `layers` {has}"):
         bnp_optax.whiten_adam(fixed=fixed_of(7), **options)
+
+
+def test_optimizer_with_known_statistics_is_made_inside_jit():
+    """As in a search over rates that is one program."""
+    x = jnp.asarray(np.random.default_rng(0).normal(7.0, 3.0, (8, 3)), jnp.float32)
+    loss_fn = lambda p, x: jnp.mean((x @ p["kernel"] + p["bias"][None]) ** 2)  # noqa: E731
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+    fixed = bnp_optax.dataset_statistics(loss_fn, params, [(x,)])
+    init = lambda p: bnp_optax.bnp_sgd(fixed=fixed).init(p)  # noqa: E731
+    of_jit, alone = jax.tree.leaves(jax.jit(init)(params)), jax.tree.leaves(init(params))
+    for a, b in zip(of_jit, alone, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
