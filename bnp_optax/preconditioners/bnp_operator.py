@@ -1,5 +1,6 @@
 """P = U D / q on a parameter tree, from the running statistics that `bnp` keeps."""
 
+import collections
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ from bnp_optax.preconditioners.together import in_one_axis, together
 
 # The units of the data, which the layers' gains make up for, are not those of other parameters.
 _MAX_GAIN = 10.0
+# Layers of one shape whose entries are computed at once: that takes some kernels more, whatever
+# their number, and of few layers compiles no faster.
+_MANY = 20
 
 
 class BNPState(NamedTuple):
@@ -229,29 +233,43 @@ class BNPOperator(Operator):
 def _entries_of(state: BNPState) -> dict[str, Entries]:
     """P of all layers; without beta where that is of groups or stacked layers."""
     moments, numbers, groups = map(named_leaves, state[:-1])
-    arguments = {}
-    for name, of_layer in moments.items():
+    runnings = {name: Running(of, numbers[name]) for name, of in moments.items()}
+    n_alike = collections.Counter(of.shape for name, of in moments.items() if name not in groups)
+    many = {}
+    for name, of in moments.items():
         check_length(numbers[name])
-        alone = of_layer if name in groups else in_one_axis(of_layer, of_layer)
-        arguments[name] = (Running(alone, numbers[name]), groups.get(name))
+        if name not in groups and n_alike[of.shape] >= _MANY:
+            many[name] = (Running(in_one_axis(of, of), numbers[name]),)
 
-    def entries(kind: None, running: Running, inputs: Array | None) -> Array:
+    def in_a_row(kind: None, running: Running) -> Array:
         del kind
-        scaling = _scaling(running, inputs, state.eps)
-        s = scaling.diagonal * scaling.number("inv_q")
-        rows = jnp.stack([s] if scaling.mean is None else [s, scaling.mean * s])
+        rows = jnp.stack([x for x in _scaled(running, None, state.eps) if x is not None])
         # Of a vector's parts, put in a kernel's shape, XLA makes no copies.
         return rows.ravel() if spec_of(rows) is None else rows
 
+    found = together(in_a_row, many, dict.fromkeys(many))
     result = {}
-    for name, row in together(entries, arguments, dict.fromkeys(arguments)).items():
-        n_rows, *shape = moments[name].shape
-        parts = [*row] if row.ndim > 1 else jnp.split(row, n_rows)
-        s, shift = [part.reshape(shape) for part in parts] + [None] * (2 - n_rows)
-        key_b, key_gram = ("inv_q", None) if name in groups else ("bias", "gram_bias")
-        gram_b = None if key_gram is None else Numbers.at(numbers[name], key_gram)
-        result[name] = Entries(s, shift, Numbers.at(numbers[name], key_b), gram_b)
+    for name, of in moments.items():
+        if name in many:
+            n_rows, *shape = of.shape
+            parts = [*found[name]] if found[name].ndim > 1 else jnp.split(found[name], n_rows)
+            s, shift = [part.reshape(shape) for part in parts] + [None] * (2 - n_rows)
+        else:
+            s, shift = _scaled(runnings[name], groups.get(name), state.eps)
+        if name in groups:
+            s_b, gram_b = Numbers.at(numbers[name], "inv_q"), None
+        else:
+            s_b, gram_b = (Numbers.at(numbers[name], key) for key in ("bias", "gram_bias"))
+        result[name] = Entries(s, shift, s_b, gram_b)
     return result
+
+
+@jax.jit
+def _scaled(running: Running, inputs: Array | None, eps: Array) -> tuple[Array, Array | None]:
+    """1 / (sigma~ q), and mu times it where P centers."""
+    scaling = _scaling(running, inputs, eps)
+    s = scaling.diagonal * scaling.number("inv_q")
+    return s, None if scaling.mean is None else scaling.mean * s
 
 
 def _mean_gain(state: BNPState, entries: Mapping[str, Entries]) -> Array | None:

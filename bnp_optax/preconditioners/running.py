@@ -181,17 +181,17 @@ def _of_operator(
         floor = options.eps_rel * numbers.largest_var + options.eps_abs
         if mean is not None and rule.scale_bias:
             mean_square = jnp.mean(mean**2)
-    bias = numbers.inv_q
-    if rule.scale_bias:
-        bias = bias * jnp.sqrt(1.0 + mean_square)
+    square_beta = 1.0 + mean_square if rule.scale_bias else jnp.ones(())
     gains = 1.0 / floored(mean, var, weight, floor)
     shifts = jnp.zeros_like(var) if mean is None else (weight * mean) ** 2 * gains
     shift, square_gain = _means(shifts, gains)
+    inv_q = numbers.inv_q
     return numbers._replace(
         weight=weight,
         floor=floor,
-        bias=bias,
-        gram_bias=bias**2 + rule.fan_in * numbers.inv_q**2 * shift,
+        bias=inv_q * jnp.sqrt(square_beta),
+        # A square of 1 / q would be two kernels more, since XLA makes a quotient of it.
+        gram_bias=inv_q * (inv_q * (square_beta + rule.fan_in * shift)),
         square_gain=square_gain,
     )
 

@@ -1,10 +1,14 @@
 """Layers of one shape are computed at once, and each gets what it would get alone."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from support.bnp_cases import assert_trees_close
 
 import bnp_optax
@@ -138,3 +142,61 @@ def test_an_update_outside_jit_compiles_nothing_once_it_has_run(make, second_mom
     compiled.clear()
     tx.update(grads, state, params, layer_stats=stats)
     assert not compiled
+
+
+@pytest.mark.parametrize("spec", [None, P("rows", None), P(None, "columns")])
+@pytest.mark.parametrize("bias", [True, False])
+def test_operator_of_many_layers_is_that_of_each(bias, spec):
+    """Also where kernels are sharded in their types, as in a mesh of explicit axes."""
+    shapes = {f"many_{i}": (4, 6) for i in range(24)} | {"few": (4, 2)}
+
+    def drawn(seed):
+        rng = np.random.default_rng(seed)
+        tree = {
+            n: {"kernel": jnp.asarray(rng.normal(size=s), np.float32)} for n, s in shapes.items()
+        }
+        for name, (_, n_outputs) in shapes.items():
+            if bias:
+                tree[name]["bias"] = jnp.asarray(rng.normal(size=n_outputs), np.float32)
+        return tree
+
+    def loss_fn(params, x):
+        return sum(
+            jnp.mean((x[i] @ of["kernel"]) ** 2 + of.get("bias", jnp.zeros(1)).mean())
+            for i, of in enumerate(params.values())
+        )
+
+    params, z = drawn(0), drawn(1)
+    scale = np.arange(1.0, 26.0, dtype=np.float32)[:, None, None]
+    x = jnp.asarray(np.random.default_rng(2).normal(scale, scale, (25, 8, 4)), np.float32)
+    layers = {
+        f"{name}/kernel": bnp_optax.Layer(f"{name}/kernel", f"{name}/bias" if bias else None, (-2,))
+        for name in shapes
+    }
+    bnp = bnp_optax.bnp(shrinkage=10.0, scale_bias=True, scale_others=True)
+    _, grads, stats = bnp_optax.value_and_grad(loss_fn)(params, x)
+    stats = {n: dataclasses.replace(of, layer=layers[n]) for n, of in stats.items()}
+    state = bnp.update(grads, bnp.init(params), params, layer_stats=stats)
+
+    def of_layer(name):
+        """The operator of one layer alone, with the state's part of it."""
+        part = bnp_optax.BNPState._make([*({name: field[name]} for field in state[:-1]), state.eps])
+        return bnp_optax.bnp(scale_bias=True).operator(part)
+
+    def applied(operator, z):
+        return [operator.mv(z), operator.transpose(z), operator.solve(z), operator.gram(z)]
+
+    got = placed_in_a_mesh(lambda z: applied(bnp.operator(state), z), z, spec)
+    for name in shapes:
+        want = applied(of_layer(name), {name: z[name]})
+        assert_trees_close([tree[name] for tree in got], [tree[name] for tree in want], 1e-5)
+
+
+def placed_in_a_mesh(function, z, spec):
+    """`function(z)`, on kernels of a given sharding, in a mesh of explicit axes."""
+    if spec is None:
+        return function(z)
+    mesh = jax.make_mesh((2, 2), ("rows", "columns"), axis_types=(AxisType.Explicit,) * 2)
+    place = lambda x: jax.device_put(x, NamedSharding(mesh, spec if x.ndim > 1 else P()))  # noqa: E731
+    with jax.set_mesh(mesh):
+        return jax.device_get(jax.jit(function)(jax.tree.map(place, z)))
