@@ -195,12 +195,12 @@ class BNPOperator(Operator):
             dtype = jnp.promote_types(leaves[name].dtype, jnp.float32)
             w = leaves[name].astype(dtype)
             entries = entries._replace(s=fitted(entries.s, w))
-            if layer.bias is None or entries.shift is None:
-                w, _ = function(w, None, entries._replace(shift=None))
+            if layer.bias is None or entries.mu is None:
+                w, _ = function(w, None, entries._replace(mu=None))
             else:
                 bias = leaves[layer.bias]
                 aligned = fitted(layer.align_bias(bias.astype(dtype)), w)
-                entries = entries._replace(shift=fitted(entries.shift, w))
+                entries = entries._replace(mu=fitted(entries.mu, w))
                 if self._scale_bias and name in self._groups:
                     beta = _beta_of_groups(entries, self._numbers[name], layer.fan_in, w, aligned)
                     entries = entries._replace(s_b=entries.s_b * beta)
@@ -253,23 +253,22 @@ def _entries_of(state: BNPState) -> dict[str, Entries]:
         if name in many:
             n_rows, *shape = of.shape
             parts = [*found[name]] if found[name].ndim > 1 else jnp.split(found[name], n_rows)
-            s, shift = [part.reshape(shape) for part in parts] + [None] * (2 - n_rows)
+            s, mu = [part.reshape(shape) for part in parts] + [None] * (2 - n_rows)
         else:
-            s, shift = _scaled(runnings[name], groups.get(name), state.eps)
+            s, mu = _scaled(runnings[name], groups.get(name), state.eps)
         if name in groups:
             s_b, gram_b = Numbers.at(numbers[name], "inv_q"), None
         else:
             s_b, gram_b = (Numbers.at(numbers[name], key) for key in ("bias", "gram_bias"))
-        result[name] = Entries(s, shift, s_b, gram_b)
+        result[name] = Entries(s, mu, s_b, gram_b)
     return result
 
 
 @jax.jit
 def _scaled(running: Running, inputs: Array | None, eps: Array) -> tuple[Array, Array | None]:
-    """1 / (sigma~ q), and mu times it where P centers."""
+    """1 / (sigma~ q), and mu where P centers."""
     scaling = _scaling(running, inputs, eps)
-    s = scaling.diagonal * scaling.number("inv_q")
-    return s, None if scaling.mean is None else scaling.mean * s
+    return scaling.diagonal * scaling.number("inv_q"), scaling.mean
 
 
 def _mean_gain(state: BNPState, entries: Mapping[str, Entries]) -> Array | None:
@@ -291,8 +290,8 @@ def _beta_of_groups(
     entries: Entries, numbers: Array, fan_in: int, w: Array, bias: Array
 ) -> Float[Array, "..."]:
     """D's entry of the bias, of which `numbers` has that of all groups together."""
-    assert entries.shift is not None
-    square = centering.squared_length(entries.shift / entries.s, w, bias) / fan_in
+    assert entries.mu is not None
+    square = centering.squared_length(entries.mu, w, bias) / fan_in
     return jnp.where(jnp.isinf(Numbers.at(numbers, "entered")), 1.0, jnp.sqrt(1.0 + square))
 
 

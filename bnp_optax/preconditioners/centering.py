@@ -30,13 +30,13 @@ class Entries(NamedTuple):
 
     Attributes:
       s: 1 / (sigma~ q), broadcasts against the kernel.
-      shift: mu s; None where P does not center.
+      mu: The mean of the inputs; None where P does not center.
       s_b: 1 / q, or beta / q.
       gram_b: s_b^2 and the sum of (mu s)^2 over the inputs of a unit; None where it is not known.
     """
 
     s: Stats
-    shift: Stats | None
+    mu: Stats | None
     s_b: Stats
     gram_b: Stats | None = None
 
@@ -44,25 +44,25 @@ class Entries(NamedTuple):
 @jax.jit
 def mv(w: Kernel, b: Bias, P: Entries) -> Pair:
     """P z."""
-    if b is None or P.shift is None:
+    if b is None or P.mu is None:
         return P.s * w, None
-    return P.s * w, P.s_b * b - _sum(P.shift, w, b.shape)
+    return P.s * w, P.s_b * b - _sum(P.mu * P.s, w, b.shape)
 
 
 @jax.jit
 def transpose(w: Kernel, b: Bias, P: Entries) -> Pair:
     """P^T g."""
-    if b is None or P.shift is None:
+    if b is None or P.mu is None:
         return P.s * w, None
-    return P.s * w - P.shift * b, P.s_b * b
+    return P.s * (w - P.mu * b), P.s_b * b
 
 
 @jax.jit
 def solve(w: Kernel, b: Bias, P: Entries) -> Pair:
     """P^-1 p."""
-    if b is None or P.shift is None:
+    if b is None or P.mu is None:
         return w / P.s, None
-    return w / P.s, (b + _sum(P.shift / P.s, w, b.shape)) / P.s_b
+    return w / P.s, (b + _sum(P.mu, w, b.shape)) / P.s_b
 
 
 @jax.jit
@@ -72,15 +72,16 @@ def gram(w: Kernel, b: Bias, P: Entries) -> Pair:
     Step 5 sums mu times the updated G_w, which is s^2 (G_w - mu G_b). Split into a product with
     the raw G_w and one with G_b, the updated G_w need not be written and read again.
     """
-    if b is None or P.shift is None:
+    if b is None or P.mu is None:
         return P.s**2 * w, None
     gram_b = P.gram_b
     if gram_b is None:
-        gram_b = P.s_b**2 + squared_length(P.shift, w, b)
+        gram_b = P.s_b**2 + squared_length(P.s * P.mu, w, b)
     # Of one example G_w is an outer product, which a sum would write out first and a product does
     # not; but on a CPU a product takes longer to compile than all the rest of a small layer.
     along = _dot if w.size > _SMALL else _sum
-    return P.s * (P.s * w - P.shift * b), gram_b * b - along(P.s * P.shift, w, b.shape)
+    s = P.s**2
+    return s * (w - P.mu * b), gram_b * b - along(P.mu * s, w, b.shape)
 
 
 @jax.jit
