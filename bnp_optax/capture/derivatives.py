@@ -93,8 +93,8 @@ def _derived(kernels: Sequence[Sequence[Use]], flow: "_Flow") -> set[Product]:
             sorted_groups.add(id(group))
             known = [use for use in group if use.rows not in derived]
             own = [use for use in known if is_own(use)]
-            rest = [use for use in known if not is_own(use) and use.rows in flow.differentiated]
-            rest = rest if own else []
+            judged = [use for use in known if use.rows in flow.differentiated] if own else []
+            rest = [use for use in judged if not is_own(use)]
             if own and not own[0].marked and not any(use.live for use in own):
                 rest = [use for use in rest if use.constant or not is_bent(use)]
             derived.update(use.rows for use in rest)

@@ -226,9 +226,7 @@ def through(inner: Piece, outer: Piece) -> Piece:
     )
 
 
-def alike(
-    pairs: Iterable[tuple[int, int]], bias: Piece, kernel: Piece
-) -> frozenset[tuple[int, int]]:
+def alike(pairs: Iterable[tuple[int, int]], bias: Piece, kernel: Piece) -> Pairs:
     """Pairs of axes; a misfit where entries of the bias and of the kernel do not lie alike."""
     return frozenset(
         (ours, theirs if bias.order_along(ours) == kernel.order_along(theirs) else -1)

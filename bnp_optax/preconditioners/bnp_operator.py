@@ -233,7 +233,6 @@ class BNPOperator(Operator):
 def _entries_of(state: BNPState) -> dict[str, Entries]:
     """P of all layers; without beta where that is of groups or stacked layers."""
     moments, numbers, groups = map(named_leaves, state[:-1])
-    runnings = {name: Running(of, numbers[name]) for name, of in moments.items()}
     n_alike = collections.Counter(of.shape for name, of in moments.items() if name not in groups)
     many = {}
     for name, of in moments.items():
@@ -255,7 +254,7 @@ def _entries_of(state: BNPState) -> dict[str, Entries]:
             parts = [*found[name]] if found[name].ndim > 1 else jnp.split(found[name], n_rows)
             s, mu = [part.reshape(shape) for part in parts] + [None] * (2 - n_rows)
         else:
-            s, mu = _scaled(runnings[name], groups.get(name), state.eps)
+            s, mu = _scaled(Running(of, numbers[name]), groups.get(name), state.eps)
         if name in groups:
             s_b, gram_b = Numbers.at(numbers[name], "inv_q"), None
         else:
